@@ -1,0 +1,41 @@
+# make demo    set up, compress the default model three ways, compare, write out/report.html
+# make test    set up, run every test
+# make check   set up, lint, format check, types
+# make bench   set up, run the measurements of bench/
+#
+# PYTHON chooses the interpreter of the virtual environment. Arguments for the installation of torch
+# (a CPU-only index, for example) go into TORCH_ARGS.
+
+PYTHON ?= python3
+TORCH_ARGS ?=
+BIN := .venv/bin
+READY := .venv/.done
+
+.PHONY: setup demo test check bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt $(TORCH_ARGS) torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python bench/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/resume.py
+	$(BIN)/python bench/peer_gptq.py
+
+clean:
+	rm -rf out .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Checkpoints: reading lazily, writing as a stream, finding and importing."""

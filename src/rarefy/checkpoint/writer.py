@@ -1,0 +1,204 @@
+"""Streaming writer: one part per block, a journal, and a finish that is all or nothing.
+
+While it runs, everything lies in a sibling folder ``OUT.partial``. Each part is written to a
+temporary name, flushed to disk and renamed, and only then entered in the journal, so a kill at any
+moment loses at most the block in progress. ``finish`` joins the parts into shards in
+``OUT.partial/out`` and renames that folder to ``OUT``: what is called ``OUT`` is always complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save
+
+from rarefy.checkpoint.reader import Entry, read_entry, read_header
+from rarefy.errors import RarefyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import torch
+
+JOURNAL = "journal.json"
+SHARD_BYTES = 5_000_000_000
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusals into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        mend = {
+            errno.ENOSPC: "free some space and run the same command again to go on",
+            errno.EDQUOT: "free some space and run the same command again to go on",
+            errno.EACCES: "choose a folder that you may write to",
+            errno.EPERM: "choose a folder that you may write to",
+            errno.EROFS: "choose a folder that you may write to",
+            errno.ENOTDIR: "choose another folder: a part of this path is a file",
+        }.get(error.errno or 0)
+        if mend is None:
+            raise
+        raise RarefyError(f"cannot write to {path}: {error.strerror}; {mend}") from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that its name never shows partial content."""
+    with _disk_errors(path.parent):
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically, keys in the order given."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+class Writer:
+    """Writes one compressed checkpoint.
+
+    Args:
+        out: the folder to be made.
+        key: hash of everything that decides the result; a partial folder with the same key is
+            resumed, one with another key is refused.
+        fresh: throw away what is there instead.
+
+    Raises:
+        RarefyError: ``out`` exists, or a partial result of another configuration does.
+    """
+
+    def __init__(self, out: Path, key: str, *, fresh: bool = False) -> None:
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        if fresh:
+            _remove(self.partial)
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RarefyError(
+                f"{out} exists and holds something else; choose another --out or give --fresh"
+            )
+        with _disk_errors(out.parent):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.journal: dict[str, Any] = {"key": key, "parts": {}}
+        if (self.partial / JOURNAL).is_file():
+            self.journal = json.loads((self.partial / JOURNAL).read_text())
+            if self.journal["key"] != key:
+                raise RarefyError(
+                    f"{self.partial} holds a half-done run of another recipe, model or data; "
+                    "choose another --out or give --fresh to discard it"
+                )
+
+    @property
+    def folder(self) -> Path:
+        """Where every other file of the result is to be put before ``finish``."""
+        return self.partial / "out"
+
+    def has(self, part: str) -> bool:
+        """Whether a part is finished."""
+        return part in self.journal["parts"]
+
+    def notes(self, part: str) -> Any:
+        """What was journalled with a finished part."""
+        return self.journal["parts"][part]
+
+    def add(self, part: str, tensors: Mapping[str, torch.Tensor], notes: object) -> None:
+        """Store a part's tensors and enter it, with JSON-ready notes, in the journal."""
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomic(self._file(part), save(ready, metadata={"format": "pt"}))
+        self.journal["parts"][part] = notes
+        write_json(self.partial / JOURNAL, self.journal)
+
+    def read(self, part: str) -> dict[str, torch.Tensor]:
+        """The tensors of a finished part."""
+        entries = read_header(self._file(part))
+        return {name: read_entry(entry, name) for name, entry in entries.items()}
+
+    def _file(self, part: str) -> Path:
+        return self.partial / f"part-{part}.safetensors"
+
+    def finish(self, parts: list[str], shard_bytes: int = SHARD_BYTES) -> None:
+        """Join the parts into shards, then give the folder its final name."""
+        with _disk_errors(self.out.parent):
+            self._join([self._file(part) for part in parts], shard_bytes)
+            _remove(self.out)
+            self.folder.replace(self.out)
+            _remove(self.partial)
+
+    @staticmethod
+    def discard(folder: Path) -> None:
+        """Remove an intermediate result."""
+        _remove(folder)
+
+    def _join(self, files: list[Path], shard_bytes: int) -> None:
+        shards: list[dict[str, Entry]] = [{}]
+        filled = 0
+        for file in files:
+            for name, entry in read_header(file).items():
+                if filled + entry.size > shard_bytes and shards[-1]:
+                    shards.append({})
+                    filled = 0
+                shards[-1][name] = entry
+                filled += entry.size
+        if len(shards) == 1:
+            _write_shard(self.folder / "model.safetensors", shards[0])
+            return
+        weight_map = {}
+        for i, shard in enumerate(shards, 1):
+            file_name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            _write_shard(self.folder / file_name, shard)
+            weight_map |= dict.fromkeys(shard, file_name)
+        size = sum(entry.size for shard in shards for entry in shard.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(self.folder / "model.safetensors.index.json", index)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+def _write_shard(path: Path, shard: Mapping[str, Entry]) -> None:
+    """Copy tensors of other files into one safetensors file without holding them in memory."""
+    # Readers may map the file: wide types first keeps every tensor aligned to its element.
+    order = sorted(shard, key=lambda name: -_element_size(shard[name]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        entry = shard[name]
+        header[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.size],
+        }
+        offset += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            entry = shard[name]
+            with entry.file.open("rb") as source:
+                source.seek(entry.start)
+                left = entry.size
+                while left:
+                    chunk = source.read(min(left, 1 << 24))
+                    out.write(chunk)
+                    left -= len(chunk)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _element_size(entry: Entry) -> int:
+    return entry.size // max(1, entry.elements)

@@ -1,0 +1,240 @@
+"""The command line: every verb is a few lines around the function of the same name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import rarefy
+from rarefy import console
+from rarefy.checkpoint.writer import write_atomic, write_json
+from rarefy.doctor import examine
+from rarefy.engine.compress import Calibration
+from rarefy.engine.stage import Watcher
+from rarefy.errors import RarefyError
+from rarefy.report import words
+from rarefy.report.card import card
+from rarefy.report.compare import comparison_markdown, comparison_table
+from rarefy.report.html import render_comparison_html, render_html
+
+if TYPE_CHECKING:
+    from rarefy.report.words import Report
+
+
+class _Verbs(TyperGroup):
+    """Turns errors that a user can mend into one sentence and a status; others keep their trace."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RarefyError as error:
+            console.fail(str(error))
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as stop:
+            console.news.print(str(stop) or "stopped")
+            raise typer.Exit(130) from stop
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make dense language models less dense, and tell the truth about the damage.",
+)
+
+_Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, or 'demo'.")
+]
+_Recipe = Annotated[
+    str, typer.Option(metavar="NAME|FILE", help="A preset (see 'rarefy methods') or a YAML file.")
+]
+_Sequences = Annotated[int, typer.Option(metavar="N", help="Calibration rows.")]
+_Length = Annotated[int, typer.Option(metavar="L", help="Tokens of each row.")]
+_Out = Annotated[Path, typer.Option(metavar="DIR", help="The folder to be made.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rarefy {rarefy.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def compress(
+    model: _Model,
+    recipe: _Recipe,
+    out: _Out,
+    calibration: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="A corpus, or a .txt or .jsonl file.")
+    ] = Calibration.text,
+    sequences: _Sequences = Calibration.sequences,
+    length: _Length = Calibration.length,
+    seed: Annotated[int, typer.Option(help="Of the order of the documents.")] = Calibration.seed,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what is at DIR first.")] = False,
+) -> None:
+    """Compress MODEL by a recipe into a new folder; run again after a stop, it goes on."""
+    with console.meter("block") as meter:
+        watcher = Watcher(say=console.say, step=meter.step)
+        data = Calibration(calibration, sequences, length, seed)
+        try:
+            done = rarefy.compress(
+                model, recipe, out, calibration=data, fresh=fresh, watcher=watcher
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped after block {meter.done} of {meter.total}; "
+                "run the same command again to go on"
+                if meter.total
+                else "stopped before the first block was finished"
+            ) from None
+    config = json.loads((done.path / "config.json").read_text())
+    if done.reused:
+        console.say(f"{done.path} was made by the same configuration; nothing to do (or --fresh)")
+    console.show_result(done.manifest, config["quantization_config"]["quant_method"])
+    size = sum(file.stat().st_size for file in done.path.glob("*.safetensors"))
+    source = done.manifest["source"]["weights_bytes"]
+    console.out.print(
+        f"{done.path}: {words.size(size)} of weights, from {words.size(source)}",
+        highlight=False, markup=False,
+    )  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The model under test.")],
+    against: Annotated[str, typer.Option(metavar="MODEL", help="The dense reference.")],
+    text: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="A corpus, or a .txt or .jsonl file.")
+    ] = "wiki",
+    sequences: Annotated[int | None, typer.Option(metavar="N", help="Windows.")] = None,
+    length: Annotated[int | None, typer.Option(metavar="L", help="Tokens of a window.")] = None,
+    speed: Annotated[bool, typer.Option(help="Also measure speed and peak memory.")] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the report here.")
+    ] = None,
+) -> None:
+    """Measure quality, size and speed beside the dense model; write the report into DIR."""
+    with console.meter("load") as meter:
+        report = rarefy.evaluate(
+            directory, against, text=text, sequences=sequences, length=length, speed=speed,
+            progress=lambda what, done, total: meter.step(done, total, what),
+        ).report()  # fmt: skip
+    console.show_report(report)
+    folder = Path(directory)
+    if (folder / "manifest.json").is_file():
+        write_json(folder / "report.json", report)
+        write_atomic(folder / "report.html", render_html(report).encode())
+        write_atomic(folder / "README.md", card(report).encode())
+        console.say(f"wrote report.json, report.html and README.md into {folder}")
+    if json_file is not None:
+        write_json(json_file, report)
+
+
+@app.command()
+def compare(
+    reports: Annotated[
+        list[Path], typer.Argument(metavar="REPORT...", help="report.json files or their folders.")
+    ],
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write one page with plots.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the table as Markdown.")
+    ] = None,
+) -> None:
+    """Print several results in one table, the closest to the dense model first."""
+    read = [_read_report(path) for path in reports]
+    console.out.print(comparison_table(read))
+    if html is not None:
+        write_atomic(html, render_comparison_html(read).encode())
+    if markdown is not None:
+        write_atomic(markdown, comparison_markdown(read).encode())
+
+
+@app.command()
+def plan(
+    model: _Model,
+    recipe: _Recipe,
+    sequences: _Sequences = Calibration.sequences,
+    length: _Length = Calibration.length,
+    as_json: Annotated[bool, typer.Option("--json", help="Every tensor, as JSON.")] = False,
+) -> None:
+    """Say in seconds what a recipe would write: formats, exact sizes, memory. Reads no weights."""
+    data = Calibration(sequences=sequences, length=length)
+    planned = rarefy.plan(model, recipe, calibration=data)
+    if as_json:
+        totals = ("bytes", "bits", "bits_linear", "ratio", "coverage")
+        extra = {name: getattr(planned, name) for name in totals}
+        typer.echo(json.dumps(dataclasses.asdict(planned) | extra, indent=1))
+    else:
+        console.show_plan(planned)
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List every method with its paper, file, presets and options."""
+    rows = rarefy.methods()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        console.show_methods(rows)
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by compress.")],
+    out: _Out,
+    form: Annotated[str, typer.Option("--format", help="dense.")] = "dense",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; by default the source's.")
+    ] = None,
+) -> None:
+    """Write a compressed folder in another format: dense opens anywhere."""
+    made = rarefy.export(directory, out, format=form, dtype=dtype)
+    console.out.print(f"{made}: written", highlight=False, markup=False)
+
+
+@app.command()
+def doctor(
+    online: Annotated[bool, typer.Option("--online", help="Also try the package index.")] = False,
+) -> None:
+    """Examine this machine: versions, processor, memory, disk, cache, and what falls back."""
+    console.show_findings(examine(online=online))
+
+
+def _read_report(path: Path) -> Report:
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        report: Report = json.loads(file.read_text())
+        report["quality"]["kl_mean"], report["protocol"], report["footprint"]
+    except FileNotFoundError as error:
+        raise RarefyError(f"there is no report at {file}; make one with rarefy evaluate") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RarefyError(
+            f"{file} is not a report of rarefy; give the report.json that rarefy evaluate wrote"
+        ) from error
+    return report
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app()

@@ -1,0 +1,1 @@
+"""Text in, token rows out: packages, corpora, calibration and held-out windows."""

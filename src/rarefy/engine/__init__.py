@@ -1,0 +1,1 @@
+"""The engine: capture, statistics, the walk, and the verb that drives them."""

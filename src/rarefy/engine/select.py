@@ -1,0 +1,103 @@
+"""Which matrices of a model a stage compresses, into what, and why the others are left alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from rarefy.engine.skeleton import LINEARS
+from rarefy.errors import RarefyError
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+    from rarefy.engine.skeleton import Skeleton
+    from rarefy.formats.base import Format
+    from rarefy.recipe import Stage
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The resolved scheme table of one stage.
+
+    Attributes:
+        blocks: for each block, node path -> format.
+        outside: module name -> format, for the embedding and the head.
+        kept: module name -> reason, for every matrix that is left alone.
+        notes: remarks that a user should see before the run.
+    """
+
+    blocks: tuple[dict[str, Format], ...]
+    outside: dict[str, Format]
+    kept: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def select(skeleton: Skeleton, stage: Stage) -> Selection:
+    """Apply a stage's scheme table to a model, reading no weight.
+
+    Raises:
+        RarefyError: a group larger than a row, a matrix that an earlier stage compressed already,
+            or a table that matches nothing.
+    """
+    kept: dict[str, str] = {}
+    notes: dict[str, None] = {}
+    blocks = []
+    for index, block in enumerate(skeleton.blocks):
+        chosen: dict[str, Format] = {}
+        for node in skeleton.map.linears:
+            name = skeleton.node_name(index, node)
+            fmt = stage.scheme_for(name, inside=True)
+            if fmt is None:
+                kept[name] = "left alone by the recipe"
+                continue
+            chosen[node.path] = _fitted(skeleton, name, fmt, notes)
+        blocks.append(chosen)
+        inside = {node.path for node in skeleton.map.linears}
+        for path, module in block.named_modules():
+            if path not in inside and isinstance(module, LINEARS):
+                kept[f"{skeleton.map.blocks}.{index}.{path}"] = "not in the model map (a router)"
+    outside = {}
+    for name in (skeleton.map.embedding, skeleton.map.head):
+        fmt = stage.scheme_for(name, inside=False)
+        if fmt is None:
+            kept[name] = "embeddings and head are left alone unless a pattern names them"
+        else:
+            outside[name] = _fitted(skeleton, name, fmt, notes)
+    if not outside and not any(blocks):
+        raise RarefyError("no matrix of the model matches a pattern of the recipe's schemes")
+    return Selection(tuple(blocks), outside, kept, tuple(notes))
+
+
+def _fitted(skeleton: Skeleton, name: str, fmt: Format, notes: dict[str, None]) -> Format:
+    """Check a format against a matrix's shape and dress it for the checkpoint's dtype."""
+    if name in skeleton.earlier:
+        raise RarefyError(
+            f"{name} is stored as {skeleton.earlier[name].label()} already; "
+            "exclude it with 'keep', or start from the dense model"
+        )
+    _, columns = skeleton.shape(name)
+    span = fmt.span
+    if span is not None and span > columns:
+        raise RarefyError(
+            f"a group of {span} is larger than the rows of {name} ({columns} columns); "
+            f"choose a group of at most {columns}, or null for one group a row"
+        )
+    if span is not None and columns % span:
+        notes[
+            f"{span} does not divide the {columns} columns of {name.rsplit('.', 1)[-1]}: "
+            "the last group of each row is shorter, and the result is stored in rarefy's own "
+            "container (a divisor keeps it readable by other tools)"
+        ] = None
+    return fmt.for_dtype(skeleton.stored_dtype(name))
+
+
+def dense_linears(skeleton: Skeleton, compressed: Container[str]) -> list[str]:
+    """Stored names of every nn.Linear that stays dense, for containers' ignore lists."""
+    return sorted(
+        skeleton.stored_name(name)
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, nn.Linear) and name not in compressed
+    )

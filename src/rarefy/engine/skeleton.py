@@ -1,0 +1,264 @@
+"""A model without weights, whose modules are filled from a checkpoint one block at a time."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from rarefy.checkpoint.state import read_state
+from rarefy.errors import RarefyError
+from rarefy.export.containers import Stored
+from rarefy.maps.catalogue import map_for
+from rarefy.maps.discover import longest_block_list
+from rarefy.maps.experts import split_experts
+from rarefy.maps.model_map import ModelMap, Node, dims_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from rarefy.checkpoint.reader import Checkpoint
+    from rarefy.formats.base import Format, Packed
+
+
+LINEARS = (nn.Linear, Conv1D)
+
+
+class Skeleton:
+    """The module tree of a checkpoint with every parameter on the meta device.
+
+    Args:
+        checkpoint: the source of weights.
+        device: where modules live while they are loaded.
+
+    Attributes:
+        model: the transformers module tree.
+        map: the model map, expanded over experts.
+        blocks: the decoder blocks.
+        earlier: module-side name -> format of matrices that earlier stages compressed.
+        split: experts are written one by one under their module names; set once a stage
+            compresses one of them.
+
+    Raises:
+        RarefyError: transformers cannot build the architecture.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.state = read_state(checkpoint.path)
+        self.earlier = self.state.formats
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.path)
+            with init_empty_weights(include_buffers=False):
+                self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except (ValueError, KeyError) as error:
+            kind = checkpoint.config.get("model_type", "?")
+            raise RarefyError(
+                f"transformers cannot build a causal language model of type {kind!r}; "
+                "give a decoder language model, or a newer transformers"
+            ) from error
+        self.model.eval()
+        self.model.config.use_cache = False
+        known = map_for(self.model.config)
+        path = known.blocks if known else longest_block_list(self.model)
+        self.map = known.expanded(dims_of(self.model.config)) if known else self._unknown(path)
+        self.blocks: nn.ModuleList = self.model.get_submodule(path)
+        if self.map.experts is not None:
+            for block in self.blocks:
+                split_experts(block, self.map.experts)
+        self.split = any(self.in_experts(name) for name in self.earlier)
+
+    def _unknown(self, blocks: str) -> ModelMap:
+        """A map without nodes, to be completed by ``engine.capture.complete_map``."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        embedding = names[id(self.model.get_input_embeddings())]
+        head = names.get(id(self.model.get_output_embeddings()), "lm_head")
+        family = self.model.config.model_type
+        return ModelMap(family, blocks, (), (), embedding, "", head, proved=False)
+
+    def node_name(self, block: int, node: Node) -> str:
+        """Full module path of a node."""
+        return f"{self.map.blocks}.{block}.{node.path}"
+
+    def stored_name(self, name: str) -> str:
+        """The name under which a module or parameter is written, given its module-side name."""
+        return self.map.stored_name(name, split=self.split)
+
+    def locate(self, name: str) -> str | None:
+        """The checkpoint's name of a module-side parameter, if it is stored under one.
+
+        Base-model checkpoints (the published GPT-2) lack the prefix that the language model
+        class adds; both spellings are tried.
+        """
+        stored = self.map.stored_name(name)
+        base = f"{self.model.base_model_prefix}."
+        for candidate in (stored, name, stored.removeprefix(base), base + stored):
+            if candidate in self.checkpoint:
+                return candidate
+        return None
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """[out, in] of a linear or embedding, by module-side name."""
+        module = self.model.get_submodule(name)
+        rows, columns = module.weight.shape
+        return (columns, rows) if is_transposed(module) else (rows, columns)
+
+    def stored_dtype(self, name: str) -> str:
+        """Safetensors dtype name of a module's weight; of the whole checkpoint if it is fused."""
+        stored = self.locate(f"{name}.weight")
+        entries = self.checkpoint.entries
+        return entries[stored].dtype if stored else next(iter(entries.values())).dtype
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head shares the embedding's matrix."""
+        config = self.model.config
+        return bool(getattr(config, "tie_word_embeddings", False))
+
+    def shares_packed_embedding(self, compressed: set[str]) -> bool:
+        """Whether the head reads the packed embedding instead of a matrix of its own."""
+        return self.tied and self.map.embedding in compressed
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Module-side names of everything that is stored, in the model's order."""
+        return list(self.model.state_dict())
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, tied ones once."""
+        head = f"{self.map.head}."
+        return sum(
+            tensor.numel()
+            for name, tensor in self.model.state_dict().items()
+            if not (self.tied and name.startswith(head))
+        )
+
+    def stored_matrices(self, formats: Mapping[str, Format]) -> dict[str, Stored]:
+        """Compressed matrices as containers see them, from module-side name -> format."""
+        found = {}
+        for name, fmt in formats.items():
+            plain = type(self.model.get_submodule(name)) is nn.Linear and not self.in_experts(name)
+            found[self.stored_name(name)] = Stored(fmt, self.shape(name), plain)
+        return found
+
+    def in_experts(self, name: str) -> bool:
+        """Whether a module lies in a split mixture of experts."""
+        return self.map.experts is not None and f".{self.map.experts.container}." in f"{name}."
+
+    def read(self, name: str) -> torch.Tensor:
+        """A parameter in its stored type, by module-side name.
+
+        Raises:
+            RarefyError: it is not in the checkpoint, or holds a NaN or an infinity.
+        """
+        stored = self.locate(name)
+        if stored is not None:
+            tensor = self.checkpoint.read(stored)
+        elif name.removesuffix(".weight") in self.earlier:
+            tensor = self._from_packed(name)
+        else:
+            tensor = self._from_fused(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RarefyError(
+                f"{name} of {self.checkpoint.path} holds a NaN or an infinite value; "
+                "the checkpoint is damaged, fetch it again"
+            )
+        return tensor
+
+    def packed(self, module: str) -> Packed:
+        """The stored tensors of a matrix that an earlier stage compressed, by suffix."""
+        stored = next(
+            name
+            for name in (module, self.map.stored_name(module))
+            if f"{name}.weight_shape" in self.checkpoint
+        )
+        rows, columns = self.checkpoint.read(f"{stored}.weight_shape").tolist()
+        suffixes = self.earlier[module].layout(rows, columns)
+        return {suffix: self.checkpoint.read(f"{stored}.{suffix}") for suffix in suffixes}
+
+    def _from_packed(self, name: str) -> torch.Tensor:
+        """A matrix that an earlier stage compressed."""
+        module = name.removesuffix(".weight")
+        matrix = self.earlier[module].decode(self.packed(module))
+        owner = self.model.get_submodule(module)
+        return matrix.T if is_transposed(owner) else matrix
+
+    def _from_fused(self, name: str) -> torch.Tensor:
+        """One expert's matrix out of a checkpoint that stores experts as 3-D tensors."""
+        experts = self.map.experts
+        if experts is not None:
+            prefix, _, rest = name.partition(f".{experts.container}.")
+            number, _, leaf = rest.partition(".")
+            fused = "down_proj" if leaf == "down_proj.weight" else "gate_up_proj"
+            where = self.locate(f"{prefix}.{experts.container}.{fused}") if number else None
+            if where is not None:
+                matrix = self.checkpoint.read(where)[int(number)]
+                half = matrix.shape[0] // 2
+                return {
+                    "gate_proj.weight": matrix[:half],
+                    "up_proj.weight": matrix[half:],
+                    "down_proj.weight": matrix,
+                }[leaf].clone()
+        return self.checkpoint.read(self.stored_name(name))
+
+    def fill(self, module: nn.Module, prefix: str) -> None:
+        """Read a module's parameters in fp32."""
+        for path, owner in module.named_modules():
+            for name, parameter in list(owner._parameters.items()):
+                if parameter is None:
+                    continue
+                full = ".".join(part for part in (prefix, path, name) if part)
+                tensor = self.read(full)
+                if tensor.shape != parameter.shape:
+                    raise RarefyError(
+                        f"{full} has shape {tuple(tensor.shape)} where the config asks for "
+                        f"{tuple(parameter.shape)}; config.json and weights do not belong together"
+                    )
+                value = tensor.to(self.device, torch.float32)
+                owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+            for name, buffer in list(owner._buffers.items()):
+                if buffer is not None:
+                    owner._buffers[name] = buffer.to(self.device)
+
+    @staticmethod
+    def drop(module: nn.Module) -> None:
+        """Put a module's parameters back on the meta device, freeing their memory."""
+        for owner in module.modules():
+            for name, parameter in list(owner._parameters.items()):
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="meta")
+                    owner._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """The decoder block ``index`` with its weights, for the duration of the context."""
+        module = self.blocks[index]
+        self.fill(module, f"{self.map.blocks}.{index}")
+        try:
+            yield module
+        finally:
+            self.drop(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores its weight as [in, out] (GPT-2's Conv1D)."""
+    return isinstance(module, Conv1D)
+
+
+def matrix_of(module: nn.Module) -> torch.Tensor:
+    """A linear's weight as [out, in], in fp32."""
+    weight: torch.Tensor = module.weight.data  # type: ignore[assignment,union-attr]
+    return weight.T if is_transposed(module) else weight
+
+
+def set_matrix(module: nn.Module, matrix: torch.Tensor) -> None:
+    """Replace a linear's weight by an [out, in] matrix."""
+    value = matrix.T.contiguous() if is_transposed(module) else matrix.contiguous()
+    module.weight = nn.Parameter(value, requires_grad=False)

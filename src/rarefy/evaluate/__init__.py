@@ -1,0 +1,1 @@
+"""Evaluation: distances to the dense model, footprint, speed."""

@@ -1,0 +1,1 @@
+"""Containers and exports: how a checkpoint announces itself to other tools."""

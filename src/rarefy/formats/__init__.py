@@ -1,0 +1,1 @@
+"""Formats: sets of matrices and how their members are stored."""

@@ -1,0 +1,206 @@
+"""Grouped integers: ``w = scale * (code - zero)``, 2 to 8 bits, one scale a row or a group.
+
+Symbols: m rows, n columns, g columns a group, G = ceil(n / g) groups (the last may be shorter).
+Asymmetric: ``scale = (hi - lo) / (2**b - 1)``, ``zero = round(-lo / scale)``, both from the range
+that a rule chose. Symmetric: ``scale = 2 max|w| / (2**b - 1)``, ``zero = 2**(b - 1)``.
+This is the grid family of GPTQ (Frantar et al., ICLR 2023) and of compressed-tensors.
+
+Scales are rounded to their stored 16-bit type *before* any code is chosen, and so is every product
+``scale * (code - zero)``: readers multiply in that type. What a solver sees is, bit for bit, what
+a reader decodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from rarefy.formats.base import FORMATS, Format, Grid, Packed
+from rarefy.formats.packing import pack, unpack, words_per_row
+from rarefy.rules import ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rarefy.rules.ranges import Range
+
+_TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_STORED = {"float16": "F16", "bfloat16": "BF16"}
+_RULES = ("minmax", "mse")
+
+
+@dataclass(frozen=True)
+class IntGrid(Grid):
+    """Scale and zero of every group.
+
+    Attributes:
+        scale: float [m, G], values that ``scale_dtype`` holds exactly.
+        zero: float [m, G], integers in [0, 2**bits).
+        form: the format it was fitted for.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    form: Int
+
+    def _spread(self, columns: int, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero of columns ``at .. at + columns``, each [m, columns] or [m, 1]."""
+        group = self.form.group or at + columns
+        first, last = at // group, (at + columns - 1) // group
+        if first == last:
+            return self.scale[:, first : first + 1], self.zero[:, first : first + 1]
+        index = torch.arange(at, at + columns, device=self.scale.device) // group
+        return self.scale[:, index], self.zero[:, index]
+
+    def _codes(self, columns: torch.Tensor, at: int) -> torch.Tensor:
+        scale, zero = self._spread(columns.shape[1], at)
+        return (columns / scale).round_().add_(zero).clamp_(0, self.form.levels)
+
+    def round(self, columns: torch.Tensor, at: int = 0) -> torch.Tensor:
+        """Grid values of the nearest codes; see :meth:`Grid.round`."""
+        scale, zero = self._spread(columns.shape[1], at)
+        values = self._codes(columns, at).sub_(zero).mul_(scale)
+        return values.to(_TORCH[self.form.scale_dtype]).to(columns.dtype)
+
+    def encode(self, weight: torch.Tensor) -> Packed:
+        """Codes [m, words] along columns, scales [m, G], zeros packed along rows [words, G]."""
+        bits = self.form.bits
+        tensors = {
+            "weight_packed": pack(self._codes(weight, 0).to(torch.int64), bits),
+            "weight_scale": self.scale.to(_TORCH[self.form.scale_dtype]),
+            "weight_shape": torch.tensor(list(weight.shape), dtype=torch.int64),
+        }
+        if not self.form.symmetric:
+            zeros = pack(self.zero.T.to(torch.int64), bits).T
+            tensors["weight_zero_point"] = zeros.contiguous()
+        return tensors
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The grid of some rows."""
+        return type(self)(self.scale[start:stop], self.zero[start:stop], self.form)
+
+    @classmethod
+    def join(cls, grids: Sequence[Self]) -> Self:
+        """Concatenate groups."""
+        scale = torch.cat([grid.scale for grid in grids], 1)
+        return cls(scale, torch.cat([grid.zero for grid in grids], 1), grids[0].form)
+
+
+@FORMATS.register("int", family="quantization")
+@dataclass(frozen=True)
+class Int(Format):
+    """Integer codes with a scale (and a zero point) per row or group of columns.
+
+    Attributes:
+        bits: 2 to 8.
+        group: columns a group, or None for one group a row; the last group may be shorter.
+        symmetric: no stored zero point.
+        rule: "minmax", or "mse" to search for the range of least error.
+        scale_dtype: "float16" or "bfloat16"; see :meth:`for_dtype`.
+
+    Raises:
+        ValueError: a field outside these values.
+    """
+
+    bits: int
+    group: int | None = None
+    symmetric: bool = False
+    rule: str = "minmax"
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must lie in 2..8, and {self.bits} does not")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group must be at least 1, or null for whole rows, not {self.group}")
+        if self.rule not in _RULES:
+            raise ValueError(f"rule must be one of {', '.join(_RULES)}, not {self.rule!r}")
+        if self.scale_dtype not in _TORCH:
+            raise ValueError(f"scale_dtype must be one of {', '.join(_TORCH)}")
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def span(self) -> int | None:
+        """Columns a group."""
+        return self.group
+
+    def groups(self, columns: int) -> int:
+        """Number of groups of a row of that many columns."""
+        return -(-columns // self.group) if self.group else 1
+
+    def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> IntGrid:
+        """Choose each group's range by the rule; see :meth:`Format.fit`."""
+        m, n = weight.shape
+        count = self.groups(n)
+        # Padding with zeros changes no range and costs no error: zero is always on the grid.
+        pad = count * (self.group or n) - n
+        groups = torch.nn.functional.pad(weight, (0, pad)).unflatten(1, (count, -1))
+        if self.rule == "minmax":
+            return self._grid(ranges.minmax(groups))
+        if importance is not None:
+            importance = torch.nn.functional.pad(importance, (0, pad)).unflatten(0, (count, -1))
+        return self._grid(ranges.mse(groups, self._quantize, importance))
+
+    def _grid(self, span: Range) -> IntGrid:
+        lo, hi = span
+        if self.symmetric:
+            reach = torch.maximum(-lo, hi)
+            lo, hi = -reach, reach
+        stored = _TORCH[self.scale_dtype]
+        scale = ((hi - lo) / self.levels).to(stored).to(lo.dtype)
+        empty = scale == 0
+        scale = torch.where(empty, torch.ones_like(scale), scale)
+        if self.symmetric:
+            zero = torch.full_like(scale, 1 << (self.bits - 1))
+        else:
+            zero = torch.where(empty, torch.zeros_like(lo), -lo / scale)
+            zero = zero.round_().clamp_(0, self.levels)
+        return IntGrid(scale, zero, self)
+
+    def _quantize(self, groups: torch.Tensor, span: Range) -> torch.Tensor:
+        grid = self._grid(span)
+        scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
+        codes = (groups / scale).round_().add_(zero).clamp_(0, self.levels)
+        return codes.sub_(zero).mul_(scale)
+
+    def decode(
+        self, packed: Mapping[str, torch.Tensor], rows: slice | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Float32 [m, n]; the same arithmetic as ``round``, hence the same bits."""
+        count, columns = (int(x) for x in packed["weight_shape"])
+        wanted = slice(None) if rows is None else rows
+        scale = packed["weight_scale"][wanted].float()
+        zero = torch.full_like(scale, 1 << (self.bits - 1))
+        if not self.symmetric:
+            zeros = packed["weight_zero_point"]
+            zero = unpack(zeros.T.contiguous(), self.bits, count).T[wanted].float()
+        codes = unpack(packed["weight_packed"][wanted], self.bits, columns).float()
+        scale, zero = IntGrid(scale, zero, self)._spread(columns, 0)
+        return codes.sub_(zero).mul_(scale).to(_TORCH[self.scale_dtype]).float()
+
+    def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Stored tensors; see :meth:`Format.layout`."""
+        count = self.groups(columns)
+        tensors: dict[str, tuple[tuple[int, ...], str]] = {
+            "weight_packed": ((rows, words_per_row(columns, self.bits)), "I32"),
+            "weight_scale": ((rows, count), _STORED[self.scale_dtype]),
+            "weight_shape": ((2,), "I64"),
+        }
+        if not self.symmetric:
+            tensors["weight_zero_point"] = ((words_per_row(rows, self.bits), count), "I32")
+        return tensors
+
+    def for_dtype(self, dtype: str) -> Self:
+        """Scales in bfloat16 in a bfloat16 checkpoint, in float16 in any other."""
+        return replace(self, scale_dtype="bfloat16" if dtype == "BF16" else "float16")
+
+    def label(self) -> str:
+        """For example ``int4 g64``, ``int8 row sym``."""
+        where = f"g{self.group}" if self.group else "row"
+        return f"int{self.bits} {where}{' sym' if self.symmetric else ''}"

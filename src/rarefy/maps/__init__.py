@@ -1,0 +1,1 @@
+"""Model maps: decoder blocks as small graphs, one data file per architecture family."""

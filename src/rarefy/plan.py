@@ -1,0 +1,248 @@
+"""The verb ``plan``: what a recipe would do to a model, in seconds and without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+from rarefy.checkpoint.load import default_device
+from rarefy.checkpoint.reader import Checkpoint
+from rarefy.checkpoint.resolve import resolve
+from rarefy.checkpoint.state import State
+from rarefy.engine.capture import complete_map
+from rarefy.engine.compress import Calibration
+from rarefy.engine.select import select
+from rarefy.engine.skeleton import Skeleton
+from rarefy.export.containers import obstacle
+from rarefy.formats.base import BYTES, stored_bytes
+from rarefy.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rarefy.formats.base import Format
+    from rarefy.recipe import Recipe
+
+_CAPTURE_TOKENS = 4096  # tokens of one batch; see engine.capture.capture_all
+
+
+@dataclass(frozen=True)
+class Line:
+    """One tensor of the result.
+
+    Attributes:
+        name: module path of a compressed matrix, parameter name of anything else.
+        kind: last part of the module path, ``down_proj``.
+        format: ``int4 g64``, or the stored dtype of what stays dense.
+        weights: number of elements. bytes: exact stored bytes, scales and zero points included.
+        compressed: whether the recipe names a format for it.
+        linear: whether it is a matrix of a decoder block.
+        why: why a matrix is left alone; empty otherwise.
+    """
+
+    name: str
+    kind: str
+    format: str
+    weights: int
+    bytes: int
+    compressed: bool
+    linear: bool
+    why: str = ""
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.bytes / max(1, self.weights)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted peak resident memory, in bytes; the three phases follow one another.
+
+    Attributes:
+        baseline: this process with its libraries, measured.
+        capture: embeddings in fp32, the calibration activations, and one batch's share of masks.
+        blocks: one block in fp32, activations of all suspended passes, and the buffers of the
+            widest solve: ``n^2`` in fp32 for the Gram, two of fp64 for its factor, three copies
+            of the widest group of matrices, and the block's packed bytes twice (tensors, file).
+        outside: everything outside the blocks twice (tensors, file).
+    """
+
+    baseline: int
+    capture: int
+    blocks: int
+    outside: int
+
+    @property
+    def peak(self) -> int:
+        """Baseline plus the largest phase."""
+        return self.baseline + max(self.capture, self.blocks, self.outside)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be written.
+
+    Attributes:
+        model, recipe: as asked for.
+        lines: every stored tensor, in the model's order.
+        container: "compressed-tensors" or "rarefy". reason: why not the former; empty if it is.
+        notes: remarks, one sentence each.
+        parameters: of the model, tied ones once.
+        memory: predicted.
+    """
+
+    model: str
+    recipe: str
+    lines: tuple[Line, ...]
+    container: str
+    reason: str
+    notes: tuple[str, ...]
+    parameters: int
+    memory: Memory
+
+    @property
+    def bytes(self) -> int:
+        """Tensor bytes of the result; the files add only their headers."""
+        return sum(line.bytes for line in self.lines)
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight of the whole model."""
+        return 8 * self.bytes / self.parameters
+
+    @property
+    def bits_linear(self) -> float:
+        """Bits per weight of the linears in the blocks, those left alone included."""
+        linear = [line for line in self.lines if line.linear]
+        return 8 * sum(e.bytes for e in linear) / max(1, sum(e.weights for e in linear))
+
+    @property
+    def ratio(self) -> float:
+        """Two bytes a parameter, over the bytes of the result."""
+        return 2 * self.parameters / self.bytes
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters that is compressed."""
+        return sum(line.weights for line in self.lines if line.compressed) / self.parameters
+
+
+def plan(
+    model: str | Path,
+    recipe: str | Path,
+    *,
+    calibration: Calibration = Calibration(),  # noqa: B008  (frozen)
+) -> Plan:
+    """Say what ``compress`` would write, and how much memory it would need.
+
+    Weights are not read, except one block of a model whose architecture has no written map.
+
+    Args:
+        model: folder, ``.gguf`` file, hub id, or "demo".
+        recipe: name of a preset, or a YAML file.
+        calibration: the number of tokens decides the memory.
+
+    Raises:
+        RarefyError: what ``compress`` would refuse before it computes anything.
+    """
+    wanted = load_recipe(recipe)
+    skeleton = Skeleton(Checkpoint(resolve(model)), default_device())
+    complete_map(skeleton)
+    formats: dict[str, Format] = {}
+    kept: dict[str, str] = {}
+    notes: dict[str, None] = {}
+    earlier = dict(skeleton.state.formats)
+    for stage in wanted.stages:
+        # The next stage must find what this one would have left behind.
+        skeleton.state = State(skeleton.state.base, earlier)
+        chosen = select(skeleton, stage)
+        notes |= dict.fromkeys(chosen.notes)
+        kept |= chosen.kept
+        for index, block in enumerate(chosen.blocks):
+            formats |= {f"{skeleton.map.blocks}.{index}.{path}": f for path, f in block.items()}
+        formats |= chosen.outside
+        if skeleton.shares_packed_embedding(set(formats)):
+            formats.pop(skeleton.map.head, None)
+        earlier |= {skeleton.stored_name(name): fmt for name, fmt in formats.items()}
+    lines = tuple(_lines(skeleton, formats, kept))
+    reason = obstacle(skeleton.stored_matrices(earlier)) or ""
+    return Plan(
+        model=str(model),
+        recipe=wanted.name,
+        lines=lines,
+        container="rarefy" if reason else "compressed-tensors",
+        reason=reason,
+        notes=tuple(notes),
+        parameters=skeleton.parameters,
+        memory=_memory(skeleton, wanted, calibration, lines),
+    )
+
+
+def _lines(skeleton: Skeleton, formats: dict[str, Format], kept: dict[str, str]) -> list[Line]:
+    """Every tensor that would be stored."""
+    inside = f"{skeleton.map.blocks}."
+    lines = []
+    for name, tensor in skeleton.model.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        matrix = leaf == "weight"
+        kind = module.rpartition(".")[2]
+        linear = name.startswith(inside) and tensor.ndim > 1
+        if matrix and module in formats:
+            fmt, (rows, columns) = formats[module], skeleton.shape(module)
+            size = stored_bytes(fmt, rows, columns)
+            lines.append(Line(module, kind, fmt.label(), rows * columns, size, True, linear))
+        elif not (skeleton.tied and module == skeleton.map.head):
+            label, size = _stored(skeleton, name, tensor.numel())
+            why = kept.get(module, "") if matrix else ""
+            lines.append(Line(name, kind, label, tensor.numel(), size, False, linear, why))
+    return lines
+
+
+def _stored(skeleton: Skeleton, name: str, elements: int) -> tuple[str, int]:
+    """Format label and bytes of a tensor that passes through as it is."""
+    stored = skeleton.locate(name)
+    if stored is not None:
+        entry = skeleton.checkpoint.entries[stored]
+        return entry.dtype, entry.size
+    module = name.removesuffix(".weight")
+    packed = skeleton.state.formats.get(skeleton.stored_name(module))
+    if packed is not None:
+        rows, columns = skeleton.shape(module)
+        return packed.label(), stored_bytes(packed, rows, columns)
+    dtype = skeleton.stored_dtype(module)
+    return dtype, elements * BYTES[dtype]
+
+
+def _memory(
+    skeleton: Skeleton, recipe: Recipe, calibration: Calibration, lines: tuple[Line, ...]
+) -> Memory:
+    """Predict the peak; the formula is in :class:`Memory`."""
+    prefix = f"{skeleton.map.blocks}."
+    rest = [line for line in lines if not line.name.startswith(prefix)]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    written = sum(e.bytes for e in lines if e.name.startswith(f"{prefix}{largest}."))
+    blocks = 4 * sizes[largest] + 2 * written
+    capture = 0
+    if recipe.needs_data:
+        names = [f"{prefix}{largest}.{node.path}" for node in skeleton.map.linears]
+        shapes = {name: skeleton.shape(name) for name in names}
+        tokens = calibration.sequences * calibration.length
+        hidden = skeleton.model.config.get_text_config().hidden_size
+        widest = max(columns for _, columns in shapes.values())
+        grouped = max(
+            sum(shapes[f"{prefix}{largest}.{node.path}"][0] for node in group)
+            * shapes[f"{prefix}{largest}.{group[0].path}"][1]
+            for group in skeleton.map.shared_inputs
+        )
+        # A pass that waits before the down projection holds the block's input, the residual
+        # stream, the normed input of the MLP, and the inner activations.
+        blocks += 4 * tokens * (3 * hidden + widest)
+        blocks += 20 * widest**2 + 3 * 4 * grouped
+        capture = 4 * sum(e.weights for e in rest if e.weights > hidden)
+        capture += 4 * hidden * (tokens + min(tokens, _CAPTURE_TOKENS))
+    outside = 2 * sum(e.bytes for e in rest)
+    return Memory(psutil.Process().memory_info().rss, capture, blocks, outside)

@@ -1,0 +1,1 @@
+"""Reports: tables, pages and model cards from an evaluation."""

@@ -1,0 +1,1 @@
+"""Grid rules: how the range of a grid is chosen."""

@@ -1,0 +1,1 @@
+"""Runtime: modules that execute stored matrices, and the transformers plug-in."""

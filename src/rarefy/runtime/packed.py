@@ -1,0 +1,114 @@
+"""Modules that execute packed matrices, decoding what they need when they need it.
+
+No dense copy outlives a call. Decoding is the torch reference; compiled kernels may replace it
+behind the same modules.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+if TYPE_CHECKING:
+    from rarefy.formats.base import Format, Packed
+
+# Rows are decoded in strips of about this many weights, so a vocabulary-sized head stays cheap.
+_STRIP = 1 << 22
+
+
+class PackedMatrix(nn.Module):
+    """A matrix [m, n] in a format, as buffers named like the stored tensors.
+
+    Args:
+        fmt: the format.
+        shape: (m, n).
+        device: where the empty buffers are made, "meta" before loading.
+    """
+
+    def __init__(self, fmt: Format, shape: tuple[int, int], device: str = "meta") -> None:
+        super().__init__()
+        from rarefy.checkpoint.reader import DTYPES
+
+        self.fmt = fmt
+        self.shape = shape
+        self.suffixes = tuple(fmt.layout(*shape))
+        for suffix, (extent, dtype) in fmt.layout(*shape).items():
+            self.register_buffer(suffix, torch.empty(extent, dtype=DTYPES[dtype], device=device))
+
+    def tensors(self) -> Packed:
+        """The stored tensors by suffix."""
+        return {suffix: getattr(self, suffix) for suffix in self.suffixes}
+
+    def dense(self, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
+        """Decode some rows, or all, to float32."""
+        return self.fmt.decode(self.tensors(), rows)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """``x W^T`` for x [..., n], giving [..., m]."""
+        m, n = self.shape
+        strip = max(32, _STRIP // n // 32 * 32)
+        if strip >= m:
+            return F.linear(x, self.dense().to(x.dtype))
+        parts = [
+            F.linear(x, self.dense(slice(a, min(a + strip, m))).to(x.dtype))
+            for a in range(0, m, strip)
+        ]
+        return torch.cat(parts, -1)
+
+    def extra_repr(self) -> str:
+        """Shape and format, for ``print(model)``."""
+        return f"{self.shape[1]} -> {self.shape[0]}, {self.fmt.label()}"
+
+
+class PackedLinear(PackedMatrix):
+    """``y = x W^T + b`` from a packed W; stands in for nn.Linear and for GPT-2's Conv1D."""
+
+    def __init__(self, fmt: Format, shape: tuple[int, int], bias: nn.Parameter | None) -> None:
+        super().__init__(fmt, shape)
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n] -> [..., m]."""
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias
+
+
+class PackedEmbedding(PackedMatrix):
+    """Rows of a packed matrix by token id.
+
+    Args:
+        fmt: the format.
+        shape: (vocabulary, width).
+        factor: multiplies the output (Gemma's embedding scale), or None.
+    """
+
+    def __init__(
+        self, fmt: Format, shape: tuple[int, int], factor: torch.Tensor | None = None
+    ) -> None:
+        super().__init__(fmt, shape)
+        self.factor = factor
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [...] -> [..., width]."""
+        unique, where = torch.unique(ids, return_inverse=True)
+        rows = self.dense(unique)[where]
+        return rows if self.factor is None else rows * self.factor.to(rows)
+
+
+class TiedHead(nn.Module):
+    """A head that reads the packed embedding.
+
+    Args:
+        embedding: its buffers are used, not copied; it stays a child of the model alone.
+    """
+
+    def __init__(self, embedding: PackedEmbedding) -> None:
+        super().__init__()
+        self.embedding = (embedding,)  # in a tuple: not a submodule, so nothing is stored twice
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., vocabulary]."""
+        return self.embedding[0].product(x)

@@ -1,0 +1,130 @@
+"""The transformers plug-in: ``quant_method: "rarefy"`` opens with ``from_pretrained``.
+
+Importing this module registers it, which ``import rarefy`` does. The quantizer replaces modules on
+the meta device by packed ones whose buffers carry the checkpoint's names, and leaves loading to
+transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rarefy.errors import RarefyError
+from rarefy.maps.catalogue import map_for
+from rarefy.maps.experts import split_experts
+from rarefy.maps.model_map import ModelMap, dims_of
+from rarefy.recipe import format_from
+from rarefy.runtime.packed import PackedEmbedding, PackedLinear, TiedHead
+
+_VERSION = 1
+
+
+class RarefyConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a folder in rarefy's own container.
+
+    Attributes:
+        version: of the container.
+        groups: [{"scheme": format as plain data, "modules": stored module names}, ...].
+    """
+
+    def __init__(self, version: int = _VERSION, groups: Any = (), **_: Any) -> None:
+        self.quant_method = "rarefy"
+        self.version = version
+        self.groups = list(groups)
+
+
+class RarefyQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts packed modules in place of dense ones before the weights are read."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse containers of a later version.
+
+        Raises:
+            RarefyError: the folder was written by a newer rarefy.
+        """
+        if self.quantization_config.version > _VERSION:
+            raise RarefyError(
+                f"this model is stored in version {self.quantization_config.version} of rarefy's "
+                f"container and this rarefy reads up to {_VERSION}; upgrade rarefy"
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        stored = {
+            name: format_from(group["scheme"])
+            for group in self.quantization_config.groups
+            for name in group["modules"]
+        }
+        names = _module_names(model, set(stored))
+        for where, fmt in stored.items():
+            name = names[where]
+            module = model.get_submodule(name)
+            rows, columns = module.weight.shape
+            packed: nn.Module
+            if isinstance(module, nn.Embedding):
+                packed = PackedEmbedding(fmt, (rows, columns), getattr(module, "embed_scale", None))
+            else:
+                shape = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+                packed = PackedLinear(fmt, shape, module.bias)
+            model.set_submodule(name, packed)
+        _mend_ties(model)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Experts are stored split when any is packed: nothing is to be merged then."""
+        known = map_for(model.config)
+        container = known.experts.container if known and known.experts else None
+        if container is None or not any(container in m for m in self._modules()):
+            return weight_conversions
+        return [c for c in weight_conversions if not isinstance(c, WeightConverter)]
+
+    def _modules(self) -> list[str]:
+        return [name for group in self.quantization_config.groups for name in group["modules"]]
+
+    def is_serializable(self) -> bool:
+        """The packed buffers are the checkpoint: saving a loaded model writes them back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+
+def _module_names(model: Any, stored: set[str]) -> dict[str, str]:
+    """Stored name -> module-side name, after splitting experts where one of them is stored."""
+    known: ModelMap | None = map_for(model.config)
+    if known is None:
+        return {name: name for name in stored}
+    experts = known.experts
+    if experts is not None and any(f".{experts.container}." in name for name in stored):
+        for block in model.get_submodule(known.blocks):
+            split_experts(block, experts)
+    full = known.expanded(dims_of(model.config))
+    return {full.stored_name(name, split=True): name for name, _ in model.named_modules()}
+
+
+def _mend_ties(model: Any) -> None:
+    """Let a tied head read a packed embedding, and forget ties of matrices that are gone."""
+    embedding = model.get_input_embeddings()
+    keys = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    if isinstance(embedding, PackedEmbedding) and keys:
+        head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+        model.set_submodule(head, TiedHead(embedding))
+        model.all_tied_weights_keys = {}
+        model.config.tie_word_embeddings = False
+
+
+if "rarefy" not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config("rarefy")(RarefyConfig)
+    register_quantizer("rarefy")(RarefyQuantizer)

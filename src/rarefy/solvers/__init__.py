@@ -1,0 +1,1 @@
+"""Solvers: find a member of a format close to a matrix."""

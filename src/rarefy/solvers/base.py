@@ -1,0 +1,78 @@
+"""The solver role: given one matrix and statistics of its inputs, find a member of a format.
+
+A solver is a frozen dataclass of hyper-parameters; ``solve`` is a pure function of its arguments
+and names no format. The conformance suite checks for every registered solver that the result lies
+in the format and that the quantity it claims to lower falls below that of plain rounding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from rarefy.registry import Registry
+
+if TYPE_CHECKING:
+    from rarefy.formats.base import Format, Grid
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One matrix to be solved.
+
+    Attributes:
+        name: for messages.
+        weight: float [m, n]. Matrices that read the same input may be stacked by rows.
+        gram: mean outer product of the inputs, ``E[x x^T]``, float [n, n], or None.
+    """
+
+    name: str
+    weight: torch.Tensor
+    gram: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A member of the format.
+
+    Attributes:
+        weight: float [m, n], every value on the grid.
+        grid: the grid.
+        notes: fallbacks that were taken, one sentence each.
+    """
+
+    weight: torch.Tensor
+    grid: Grid
+    notes: tuple[str, ...] = ()
+
+
+class Solver(ABC):
+    """Finds a good member of a format; subclasses are frozen dataclasses.
+
+    Attributes:
+        needs_gram: whether ``Problem.gram`` must be given (then calibration data is needed).
+    """
+
+    needs_gram: ClassVar[bool] = False
+
+    @abstractmethod
+    def solve(self, problem: Problem, fmt: Format) -> Solution:
+        """Return a member of ``fmt`` close to ``problem.weight``."""
+
+
+def output_error(weight: torch.Tensor, other: torch.Tensor, gram: torch.Tensor) -> float:
+    """Relative squared output error ``tr(D H D^T) / tr(W H W^T)``, ``D = W - other``.
+
+    Args:
+        weight: W, [m, n]. other: [m, n]. gram: H, [n, n].
+    """
+    delta = weight - other
+    lost = float(((delta @ gram) * delta).sum(dtype=torch.float64))
+    total = float(((weight @ gram) * weight).sum(dtype=torch.float64))
+    return lost / total if total > 0 else 0.0
+
+
+SOLVERS: Registry[Solver] = Registry("solver", Solver, "rarefy.solvers")
