@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save
@@ -23,6 +22,7 @@ from rarefy.errors import RarefyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     import torch
 
@@ -152,7 +152,7 @@ class Writer:
         if len(shards) == 1:
             _write_shard(self.folder / "model.safetensors", shards[0])
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, shard in enumerate(shards, 1):
             file_name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             _write_shard(self.folder / file_name, shard)

@@ -56,9 +56,7 @@ def capture(skeleton: Skeleton, ids: torch.Tensor) -> Batch:
         originals = [block.forward for block in skeleton.blocks]
         try:
             for index, block in enumerate(skeleton.blocks):
-                block.forward = partial(  # type: ignore[method-assign]
-                    _record, batch, index, len(originals), as_tuple
-                )
+                block.forward = partial(_record, batch, index, len(originals), as_tuple)
             with torch.no_grad():
                 skeleton.model(input_ids=ids.to(skeleton.device), use_cache=False)
         except _Stop:
@@ -108,7 +106,7 @@ def capture_all(skeleton: Skeleton, ids: torch.Tensor, batch_tokens: int = 4096)
     modules = outside(skeleton)
     for name, module in modules:
         skeleton.fill(module, name)
-    batches = [capture(skeleton, part) for part in ids.split(size)]
+    batches = [capture(skeleton, part) for part in torch.split(ids, size)]
     for _, module in modules:
         skeleton.drop(module)
     return batches

@@ -254,7 +254,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 def matrix_of(module: nn.Module) -> torch.Tensor:
     """A linear's weight as [out, in], in fp32."""
-    weight: torch.Tensor = module.weight.data  # type: ignore[assignment,union-attr]
+    weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
     return weight.T if is_transposed(module) else weight
 
 

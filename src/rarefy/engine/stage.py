@@ -191,9 +191,8 @@ def _outside(run: StageRun, skeleton: Skeleton, chosen: Selection) -> None:
         if name == skeleton.map.head and skeleton.shares_packed_embedding(set(chosen.outside)):
             continue
         start = time.perf_counter()
-        weight = skeleton.read(
-            f"{skeleton.map.embedding if skeleton.tied else name}.weight"
-        ).float()
+        source = skeleton.map.embedding if skeleton.tied else name
+        weight = skeleton.read(f"{source}.weight").float()
         packed = fmt.fit(weight).encode(weight)
         result = NodeResult(packed, None, 0, time.perf_counter() - start)
         stored = skeleton.stored_name(name)
@@ -211,14 +210,13 @@ def untouched(skeleton: Skeleton, prefix: str, compressed: set[str]) -> dict[str
         compressed: module-side names of the matrices that the stage compresses.
     """
     inside = f"{skeleton.map.blocks}."
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in skeleton.parameter_names:
         if not name.startswith(prefix) or (not prefix and name.startswith(inside)):
             continue
         module, _, leaf = name.rpartition(".")
-        if (module in compressed and leaf == "weight") or (
-            module == skeleton.map.head and skeleton.tied
-        ):
+        tied_head = skeleton.tied and module == skeleton.map.head
+        if tied_head or (module in compressed and leaf == "weight"):
             continue
         if module in skeleton.earlier and leaf == "weight":
             stored = skeleton.stored_name(module)
@@ -261,7 +259,7 @@ def _kept(skeleton: Skeleton, name: str, why: str) -> dict[str, Any]:
 
 
 def _close(run: StageRun, skeleton: Skeleton, chosen: Selection) -> None:
-    """Write everything of the new checkpoint but the weights: config, state, tokenizer, licences."""
+    """Write all of the new checkpoint but its weights: config, state, tokenizer, licences."""
     folder = run.writer.folder
     formats = dict(skeleton.earlier)
     for index, block in enumerate(chosen.blocks):

@@ -197,7 +197,8 @@ def _solve_stack(
     if H is None and task.solver.needs_gram:
         # Only an expert that no token was routed to can get here.
         grid = fmt.fit(stacked)
-        weight, notes = grid.round(stacked), (f"{name} saw no calibration token; it was rounded",)
+        weight = grid.round(stacked)
+        notes: tuple[str, ...] = (f"{name} saw no calibration token; it was rounded to nearest",)
     else:
         solution = task.solver.solve(Problem(name, stacked, H), fmt)
         weight, grid, notes = solution.weight, solution.grid, solution.notes

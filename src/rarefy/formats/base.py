@@ -91,7 +91,7 @@ class Format(ABC):
         """Short name for tables: ``int4 g64``."""
 
 
-FORMATS: Registry[Format] = Registry("format", Format, "rarefy.formats")
+FORMATS: Registry[Format] = Registry("format", Format, "rarefy.formats")  # type: ignore[type-abstract]
 
 BYTES = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
 

@@ -136,15 +136,15 @@ class Int(Format):
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> IntGrid:
         """Choose each group's range by the rule; see :meth:`Format.fit`."""
-        m, n = weight.shape
+        n = weight.shape[1]
         count = self.groups(n)
         # Padding with zeros changes no range and costs no error: zero is always on the grid.
         pad = count * (self.group or n) - n
-        groups = torch.nn.functional.pad(weight, (0, pad)).unflatten(1, (count, -1))
+        groups = torch.nn.functional.pad(weight, (0, pad)).reshape(weight.shape[0], count, -1)
         if self.rule == "minmax":
             return self._grid(ranges.minmax(groups))
         if importance is not None:
-            importance = torch.nn.functional.pad(importance, (0, pad)).unflatten(0, (count, -1))
+            importance = torch.nn.functional.pad(importance, (0, pad)).reshape(count, -1)
         return self._grid(ranges.mse(groups, self._quantize, importance))
 
     def _grid(self, span: Range) -> IntGrid:

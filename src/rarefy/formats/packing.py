@@ -42,7 +42,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     runs = -(-n // 32)
     padded = torch.zeros(*codes.shape[:-1], runs * 32, dtype=torch.int64, device=codes.device)
     padded[..., :n] = codes
-    run = padded.unflatten(-1, (runs, 32))
+    run = padded.reshape(*codes.shape[:-1], runs, 32)
     out = torch.zeros(*run.shape[:-1], bits, dtype=torch.int64, device=codes.device)
     for i in range(32):
         word, shift = divmod(i * bits, 32)
@@ -70,7 +70,7 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     mask = (1 << bits) - 1
     if words != runs * bits:
         packed = torch.nn.functional.pad(packed, (0, runs * bits - words))
-    run = packed.unflatten(-1, (runs, bits))
+    run = packed.reshape(*packed.shape[:-1], runs, bits)
     out = torch.empty(*run.shape[:-1], 32, dtype=torch.uint8, device=packed.device)
     for i in range(32):
         word, shift = divmod(i * bits, 32)

@@ -75,4 +75,4 @@ def output_error(weight: torch.Tensor, other: torch.Tensor, gram: torch.Tensor) 
     return lost / total if total > 0 else 0.0
 
 
-SOLVERS: Registry[Solver] = Registry("solver", Solver, "rarefy.solvers")
+SOLVERS: Registry[Solver] = Registry("solver", Solver, "rarefy.solvers")  # type: ignore[type-abstract]

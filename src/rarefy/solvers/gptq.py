@@ -192,12 +192,10 @@ def _sweep(W: torch.Tensor, U: torch.Tensor, fmt: Format, plan: _Plan) -> tuple[
         E = torch.empty_like(R[a:b])
         for j in range(a, b):
             w = R[j]
-            grid, at = (
-                (plan.fixed, storage[j])
-                if plan.fixed is not None
-                else (fitted[group], storage[j] % span)
-            )
-            q = grid.round(w.unsqueeze(1), at).squeeze(1)
+            if plan.fixed is not None:
+                q = plan.fixed.round(w.unsqueeze(1), storage[j]).squeeze(1)
+            else:
+                q = fitted[group].round(w.unsqueeze(1), storage[j] % span).squeeze(1)
             Q[j] = q
             e = torch.sub(w, q, out=E[j - a]).div_(pivots[j])
             if j + 1 < b:
@@ -206,11 +204,10 @@ def _sweep(W: torch.Tensor, U: torch.Tensor, fmt: Format, plan: _Plan) -> tuple[
             R[b:].addmm_(U[a:b, b:].T, E, alpha=-1)
     result = torch.empty_like(W)
     result[:, plan.order] = Q.T
-    grid = plan.fixed
-    if grid is None:
-        parts = [fitted[group] for group in sorted(fitted)]
-        grid = type(parts[0]).join(parts)
-    return result, grid
+    if plan.fixed is not None:
+        return result, plan.fixed
+    parts = [fitted[group] for group in sorted(fitted)]
+    return result, type(parts[0]).join(parts)
 
 
 def _fit_live(R: torch.Tensor, column: int, fmt: Format, plan: _Plan, position: int) -> Grid:
