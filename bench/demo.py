@@ -3,8 +3,8 @@
     python bench/demo.py            everything goes below out/
     python bench/demo.py --readme   also puts the table into README.md
 
-It runs nothing but the commands that it prints, so each step can be repeated by hand. A step that is
-done already is skipped by rarefy itself.
+It runs nothing but the commands that it prints, so each step can be repeated by hand. Models that
+are compressed already are not compressed again.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperGroup
 
 import rarefy
@@ -237,4 +238,5 @@ def _read_report(path: Path) -> Report:
 
 def main() -> None:
     """Entry point of the installed command."""
+    disable_progress_bar()  # transformers' bars would break into ours, and into pipes
     app()

@@ -69,7 +69,10 @@ class Meter:
     def step(self, done: int, total: int, what: str = "") -> None:
         """Report that ``done`` of ``total`` steps are finished."""
         self.done, self.total = done, total
-        self._what = what or self._what
+        if what and what != self._what:
+            self._what, self._start = what, time.perf_counter()
+            if self._bar is not None and self._task is not None:
+                self._bar.reset(self._task)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, description=self._what)
         elif done:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 import rarefy
 from rarefy.checkpoint.load import default_device
+from rarefy.checkpoint.manifest import read_manifest
 from rarefy.checkpoint.reader import Checkpoint
 from rarefy.checkpoint.resolve import resolve
 from rarefy.checkpoint.writer import Writer
@@ -97,21 +98,13 @@ def compress(
     manifest = _manifest(plan, (str(model), source), (calibration, tokens), key)
     folders = [target.with_name(f"{target.name}.stage{i}") for i in range(1, len(plan.stages))]
     for stage, folder in zip(plan.stages, [*folders, target], strict=True):
-        writer = Writer(folder, key, fresh=fresh)
-        run_stage(StageRun(source, stage, tokens, writer, watcher, default_device()), manifest)
+        if fresh or _finished(folder, key) is None:
+            writer = Writer(folder, key, fresh=fresh)
+            run_stage(StageRun(source, stage, tokens, writer, watcher, default_device()), manifest)
         source = Checkpoint(folder)
     for folder in folders:
         Writer.discard(folder)
     return Result(target, read_manifest(target), time.perf_counter() - start)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Manifest and timings of a compressed folder; empty for a dense one."""
-    merged: dict[str, Any] = {}
-    for name in ("manifest.json", "timings.json"):
-        if (folder / name).is_file():
-            merged |= json.loads((folder / name).read_text())
-    return merged
 
 
 def _tokens(source: Checkpoint, recipe: Recipe, wanted: Calibration, watcher: Watcher) -> TokenSet:

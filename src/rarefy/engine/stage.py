@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rarefy.checkpoint.state import State
+from rarefy.checkpoint.travel import travel
 from rarefy.checkpoint.writer import write_json
 from rarefy.engine.capture import capture_all, complete_map
-from rarefy.engine.select import dense_linears, select
+from rarefy.engine.close import account, write_config
+from rarefy.engine.select import select
 from rarefy.engine.skeleton import Skeleton, set_matrix
 from rarefy.engine.walk import BlockTask, NodeResult, advance, compress_block
-from rarefy.export.containers import quantization_config
 from rarefy.solvers.base import SOLVERS
 
 if TYPE_CHECKING:
@@ -29,24 +28,6 @@ if TYPE_CHECKING:
     from rarefy.engine.capture import Batch
     from rarefy.engine.select import Selection
     from rarefy.recipe import Stage
-
-# Files that travel with the weights; everything that a reader of the result may ask for.
-TRAVEL = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates",
-    "spiece.model",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 @dataclass(frozen=True)
@@ -102,25 +83,17 @@ def run_stage(run: StageRun, manifest: dict[str, Any]) -> None:
     if not run.writer.has("outside"):
         _outside(run, skeleton, chosen)
     parts = [f"{i:05d}" for i in range(len(skeleton.blocks))]
-    journal = {part: run.writer.notes(part) for part in [*parts, "outside"]}
-    nodes = [node for part in journal.values() for node in part["nodes"]]
-    _close(run, skeleton, chosen)
-    weights = sum(node["weights"] for node in nodes)
-    facts = {
-        "nodes": [{k: v for k, v in node.items() if k != "seconds"} for node in nodes],
-        "kept": [_kept(skeleton, name, why) for name, why in chosen.kept.items()],
-        "fallbacks": [
-            {"node": node["name"], "what": note} for node in nodes for note in node["notes"]
-        ],
-        "coverage": weights / skeleton.parameters,
-    }
-    write_json(run.writer.folder / "manifest.json", manifest | facts)
+    nodes = [node for part in [*parts, "outside"] for node in run.writer.notes(part)["nodes"]]
     timings = {
         "seconds": seconds["earlier"] + time.perf_counter() - start,
-        "timings": seconds | {"solve": sum(node["seconds"] for node in nodes)},
+        "timings": seconds | {"solve": sum(node.pop("seconds") for node in nodes)},
         "peak_memory_bytes": peak_memory(),
     }
-    write_json(run.writer.folder / "timings.json", timings)
+    folder = run.writer.folder
+    write_config(folder, skeleton, chosen)
+    write_json(folder / "manifest.json", manifest | account(skeleton, chosen, nodes))
+    write_json(folder / "timings.json", timings)
+    travel(run.source.path, folder)
     run.writer.finish(["outside", *parts])
 
 
@@ -246,45 +219,6 @@ def _entry(
         "seconds": result.seconds,
         "notes": list(result.notes),
     }
-
-
-def _kept(skeleton: Skeleton, name: str, why: str) -> dict[str, Any]:
-    """What the manifest says of a matrix that was left alone."""
-    if name == skeleton.map.head and skeleton.tied:
-        return {"name": name, "weights": 0, "bytes": 0, "why": "tied to the embedding"}
-    rows, columns = skeleton.shape(name)
-    stored = skeleton.locate(f"{name}.weight")
-    size = skeleton.checkpoint.entries[stored].size if stored else 0
-    return {"name": name, "weights": rows * columns, "bytes": size, "why": why}
-
-
-def _close(run: StageRun, skeleton: Skeleton, chosen: Selection) -> None:
-    """Write all of the new checkpoint but its weights: config, state, tokenizer, licences."""
-    folder = run.writer.folder
-    formats = dict(skeleton.earlier)
-    for index, block in enumerate(chosen.blocks):
-        formats |= {f"{skeleton.map.blocks}.{index}.{path}": fmt for path, fmt in block.items()}
-    outside = set(chosen.outside)
-    shared = skeleton.shares_packed_embedding(outside)
-    formats |= {
-        name: fmt
-        for name, fmt in chosen.outside.items()
-        if not (shared and name == skeleton.map.head)
-    }
-    State(skeleton.state.base or run.source.fingerprint(), formats).write(folder)
-    config = {k: v for k, v in run.source.config.items() if k != "quantization_config"}
-    if skeleton.tied and skeleton.map.head in outside and not shared:
-        config["tie_word_embeddings"] = False
-    config["quantization_config"] = quantization_config(
-        skeleton.stored_matrices(formats), dense_linears(skeleton, formats)
-    )
-    write_json(folder / "config.json", config)
-    for pattern in TRAVEL:
-        for file in run.source.path.glob(pattern):
-            if file.is_dir():
-                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(file, folder / file.name)
 
 
 def peak_memory() -> int:

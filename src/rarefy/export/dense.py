@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -10,9 +9,9 @@ import torch
 
 import rarefy
 from rarefy.checkpoint.reader import DTYPES, Checkpoint
+from rarefy.checkpoint.travel import travel
 from rarefy.checkpoint.writer import Writer, write_json
 from rarefy.engine.skeleton import Skeleton, is_transposed
-from rarefy.engine.stage import TRAVEL
 from rarefy.errors import RarefyError
 from rarefy.registry import suggest
 
@@ -65,7 +64,7 @@ def export_dense(directory: Path, out: Path, dtype: str | None = None) -> None:
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     config.pop("torch_dtype", None)
     write_json(writer.folder / "config.json", config | {"dtype": target})
-    _travel(source.path, writer.folder)
+    travel(source.path, writer.folder)
     writer.finish(parts)
 
 
@@ -110,15 +109,5 @@ def _dense(skeleton: Skeleton, name: str, dtype: torch.dtype, transposed: set[st
     fmt = skeleton.state.formats.get(module)
     if fmt is None or name in skeleton.checkpoint:
         return skeleton.checkpoint.read(name)
-    matrix = fmt.decode(skeleton.packed(module, fmt)).to(dtype)
+    matrix = fmt.decode(skeleton.packed(module)).to(dtype)
     return matrix.T.contiguous() if module in transposed else matrix
-
-
-def _travel(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licences."""
-    for pattern in TRAVEL:
-        for file in source.glob(pattern):
-            if file.is_dir():
-                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(file, folder / file.name)

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from rarefy.solvers.base import SOLVERS, Problem, Solution, Solver
+from rarefy.threads import single_threaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -190,16 +191,15 @@ def _sweep(W: torch.Tensor, U: torch.Tensor, fmt: Format, plan: _Plan) -> tuple[
         if starts and plan.fixed is None:
             fitted[group] = _fit_live(R, storage[a], fmt, plan, a)
         E = torch.empty_like(R[a:b])
-        for j in range(a, b):
-            w = R[j]
-            if plan.fixed is not None:
-                q = plan.fixed.round(w.unsqueeze(1), storage[j]).squeeze(1)
-            else:
-                q = fitted[group].round(w.unsqueeze(1), storage[j] % span).squeeze(1)
-            Q[j] = q
-            e = torch.sub(w, q, out=E[j - a]).div_(pivots[j])
-            if j + 1 < b:
-                R[j + 1 : b].addr_(U[j, j + 1 : b], e, alpha=-1)
+        grid, first = (fitted[group], group * span) if plan.fixed is None else (plan.fixed, 0)
+        with single_threaded():
+            for j in range(a, b):
+                w = R[j]
+                q = grid.round(w.unsqueeze(1), storage[j] - first).squeeze(1)
+                Q[j] = q
+                e = torch.sub(w, q, out=E[j - a]).div_(pivots[j])
+                if j + 1 < b:
+                    R[j + 1 : b].addr_(U[j, j + 1 : b], e, alpha=-1)
         if b < n:
             R[b:].addmm_(U[a:b, b:].T, E, alpha=-1)
     result = torch.empty_like(W)

@@ -1,0 +1,1 @@
+"""What every registered format and every registered solver must satisfy."""
