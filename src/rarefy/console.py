@@ -184,7 +184,7 @@ def show_plan(plan: Plan) -> None:
         ("against 16 bits", times(plan.ratio)),
         ("compressed share of the model", percent(plan.coverage)),
         ("container", plan.container + (f": {plan.reason}" if plan.reason else "")),
-        ("predicted peak memory", f"{size(memory.peak)} ({size(memory.baseline)} of it libraries)"),
+        ("peak memory, at least", f"{size(memory.peak)} ({size(memory.baseline)} of it libraries)"),
     ]
     out.print(pairs(totals))
     for note in plan.notes:

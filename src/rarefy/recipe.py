@@ -138,7 +138,8 @@ def parse_recipe(data: dict[str, Any], name: str) -> Recipe:
 
 
 def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # A misspelt key is also a missing one; the misspelling is what the reader must hear of.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, list(_Document.model_fields), n=1)

@@ -15,16 +15,15 @@ import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save
+import torch
 
-from rarefy.checkpoint.reader import Entry, read_entry, read_header
+from rarefy.checkpoint.reader import DTYPES, Entry, read_entry, read_header
 from rarefy.errors import RarefyError
+from rarefy.formats.base import BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
-
-    import torch
 
 JOURNAL = "journal.json"
 SHARD_BYTES = 5_000_000_000
@@ -113,8 +112,10 @@ class Writer:
 
     def add(self, part: str, tensors: Mapping[str, torch.Tensor], notes: object) -> None:
         """Store a part's tensors and enter it, with JSON-ready notes, in the journal."""
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomic(self._file(part), save(ready, metadata={"format": "pt"}))
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        shapes = {n: (names[t.dtype], tuple(t.shape), t.nbytes) for n, t in tensors.items()}
+        with _disk_errors(self.partial):
+            _write_safetensors(self._file(part), shapes, lambda name: [_octets(tensors[name])])
         self.journal["parts"][part] = notes
         write_json(self.partial / JOURNAL, self.journal)
 
@@ -171,34 +172,56 @@ def _remove(path: Path) -> None:
 
 def _write_shard(path: Path, shard: Mapping[str, Entry]) -> None:
     """Copy tensors of other files into one safetensors file without holding them in memory."""
+
+    def chunks(name: str) -> Iterator[bytes]:
+        entry = shard[name]
+        with entry.file.open("rb") as source:
+            source.seek(entry.start)
+            left = entry.size
+            while left:
+                chunk = source.read(min(left, 1 << 24))
+                left -= len(chunk)
+                yield chunk
+
+    shapes = {name: (entry.dtype, entry.shape, entry.size) for name, entry in shard.items()}
+    _write_safetensors(path, shapes, chunks)
+
+
+def _octets(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, without copying those of a contiguous CPU tensor."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _write_safetensors(
+    path: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]],
+    chunks: Callable[[str], Iterable[bytes | memoryview]],
+) -> None:
+    """Write a safetensors file as a stream, under a temporary name until it is on disk.
+
+    Args:
+        path: the file.
+        tensors: name -> (safetensors dtype, shape, bytes).
+        chunks: the bytes of a tensor, piece by piece.
+    """
     # Readers may map the file: wide types first keeps every tensor aligned to its element.
-    order = sorted(shard, key=lambda name: -_element_size(shard[name]))
+    order = sorted(tensors, key=lambda name: -BYTES.get(tensors[name][0], 1))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
-        entry = shard[name]
-        header[name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.size],
-        }
-        offset += entry.size
+        dtype, shape, size = tensors[name]
+        offsets = [offset, offset + size]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            entry = shard[name]
-            with entry.file.open("rb") as source:
-                source.seek(entry.start)
-                left = entry.size
-                while left:
-                    chunk = source.read(min(left, 1 << 24))
-                    out.write(chunk)
-                    left -= len(chunk)
+            for chunk in chunks(name):
+                out.write(chunk)
         out.flush()
         os.fsync(out.fileno())
-
-
-def _element_size(entry: Entry) -> int:
-    return entry.size // max(1, entry.elements)
+    temporary.replace(path)

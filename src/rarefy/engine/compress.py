@@ -20,6 +20,7 @@ from rarefy.checkpoint.resolve import resolve
 from rarefy.checkpoint.writer import Writer
 from rarefy.data import corpora
 from rarefy.data.tokens import calibration, check_vocabulary
+from rarefy.engine.skeleton import causal_config
 from rarefy.engine.stage import StageRun, Watcher, run_stage
 from rarefy.errors import RarefyError
 from rarefy.recipe import load_recipe
@@ -90,6 +91,7 @@ def compress(
     plan = load_recipe(recipe)
     target = Path(out)
     source = Checkpoint(resolve(model))
+    causal_config(source)  # an architecture that cannot be built is refused before anything else
     tokens = _tokens(source, plan, calibration, watcher) if plan.needs_data else None
     key = _key(plan, source, tokens)
     done = _finished(target, key)
@@ -117,8 +119,7 @@ def _tokens(source: Checkpoint, recipe: Recipe, wanted: Calibration, watcher: Wa
         ) from error
     corpus = corpora.load(wanted.text, tokenizer)
     tokens = calibration(corpus, tokenizer, wanted.sequences, wanted.length, wanted.seed)
-    config = source.config.get("text_config", source.config)
-    check_vocabulary(tokens, int(config["vocab_size"]))
+    check_vocabulary(tokens, causal_config(source).get_text_config().vocab_size)
     watcher.say(
         f"calibration: {tokens.tokens} tokens of {tokens.corpus} "
         f"({wanted.sequences} x {wanted.length}), sha256 {tokens.sha256[:12]}, "

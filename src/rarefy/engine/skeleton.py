@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from rarefy.checkpoint.state import read_state
@@ -27,6 +28,21 @@ if TYPE_CHECKING:
 
 
 LINEARS = (nn.Linear, Conv1D)
+
+
+def causal_config(checkpoint: Checkpoint) -> Any:
+    """The transformers config of a checkpoint.
+
+    Raises:
+        RarefyError: transformers has no causal language model of this type.
+    """
+    kind = checkpoint.config.get("model_type", "?")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RarefyError(
+            f"transformers cannot build a causal language model of type {kind!r}; "
+            "give a decoder language model, or install a newer transformers"
+        )
+    return AutoConfig.from_pretrained(checkpoint.path)
 
 
 class Skeleton:
@@ -53,17 +69,14 @@ class Skeleton:
         self.device = device
         self.state = read_state(checkpoint.path)
         self.earlier = self.state.formats
-        try:
-            config = AutoConfig.from_pretrained(checkpoint.path)
-            with init_empty_weights(include_buffers=False):
-                self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except (ValueError, KeyError) as error:
-            kind = checkpoint.config.get("model_type", "?")
-            raise RarefyError(
-                f"transformers cannot build a causal language model of type {kind!r}; "
-                "give a decoder language model, or a newer transformers"
-            ) from error
+        with init_empty_weights(include_buffers=False):
+            self.model: Any = AutoModelForCausalLM.from_config(
+                causal_config(checkpoint), dtype=torch.float32
+            )
         self.model.eval()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer if buffer is None else buffer.to(device)
         self.model.config.use_cache = False
         known = map_for(self.model.config)
         path = known.blocks if known else longest_block_list(self.model)
@@ -223,9 +236,6 @@ class Skeleton:
                     )
                 value = tensor.to(self.device, torch.float32)
                 owner._parameters[name] = nn.Parameter(value, requires_grad=False)
-            for name, buffer in list(owner._buffers.items()):
-                if buffer is not None:
-                    owner._buffers[name] = buffer.to(self.device)
 
     @staticmethod
     def drop(module: nn.Module) -> None:

@@ -93,7 +93,7 @@ class Format(ABC):
 
 FORMATS: Registry[Format] = Registry("format", Format, "rarefy.formats")  # type: ignore[type-abstract]
 
-BYTES = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
+BYTES = {"I64": 8, "F64": 8, "I32": 4, "F32": 4, "I16": 2, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
 
 
 def stored_bytes(fmt: Format, rows: int, columns: int) -> int:

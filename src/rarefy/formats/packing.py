@@ -3,6 +3,8 @@
 Code ``i`` of a row occupies stream bits ``[i*b, i*b + b)``; stream bit ``n`` is bit ``n % 32`` of
 word ``n // 32``, so codes of 3, 5, 6 and 7 bits may cross a word border. This is the layout of
 compressed-tensors ``pack-quantized`` (along the last axis here).
+
+Eight codes fill exactly ``b`` bytes, whatever ``b`` is: that is the unit both directions work in.
 """
 
 from __future__ import annotations
@@ -36,22 +38,15 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise RarefyError(f"a code lies outside 0..{(1 << bits) - 1}; clamp codes before packing")
-    n = codes.shape[-1]
-    words = words_per_row(n, bits)
-    # 32 codes fill exactly `bits` words, so a run of 32 can be treated alike in every row.
-    runs = -(-n // 32)
-    padded = torch.zeros(*codes.shape[:-1], runs * 32, dtype=torch.int64, device=codes.device)
-    padded[..., :n] = codes
-    run = padded.reshape(*codes.shape[:-1], runs, 32)
-    out = torch.zeros(*run.shape[:-1], bits, dtype=torch.int64, device=codes.device)
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        out[..., word] |= run[..., i] << shift & 0xFFFFFFFF
-        if shift + bits > 32:
-            out[..., word + 1] |= run[..., i] >> (32 - shift)
-    flat = out.flatten(-2)[..., :words]
-    # int64 -> int32 keeps the low 32 bits, which is what the view as unsigned words needs.
-    return torch.where(flat >= 1 << 31, flat - (1 << 32), flat).to(torch.int32)
+    *front, n = codes.shape
+    eights = -(-n // 8)
+    units = torch.nn.functional.pad(codes.long(), (0, eights * 8 - n)).reshape(*front, eights, 8)
+    stream = (units << torch.arange(0, 8 * bits, bits, device=codes.device)).sum(-1, keepdim=True)
+    octets = (stream >> torch.arange(0, 8 * bits, 8, device=codes.device)) & 0xFF
+    octets = octets.to(torch.uint8).reshape(*front, eights * bits)
+    wanted = 4 * words_per_row(n, bits)
+    octets = torch.nn.functional.pad(octets, (0, max(0, wanted - eights * bits)))
+    return octets[..., :wanted].contiguous().view(torch.int32)
 
 
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
@@ -63,21 +58,18 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
         columns: number of codes per row.
 
     Returns:
-        uint8 [..., columns].
+        int32 or int64 [..., columns].
     """
-    words = packed.shape[-1]
-    runs = -(-columns // 32)
-    mask = (1 << bits) - 1
-    if words != runs * bits:
-        packed = torch.nn.functional.pad(packed, (0, runs * bits - words))
-    run = packed.reshape(*packed.shape[:-1], runs, bits)
-    out = torch.empty(*run.shape[:-1], 32, dtype=torch.uint8, device=packed.device)
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        code = run[..., word] >> shift
-        if shift + bits > 32:
-            # The arithmetic shift drags the sign bit in: only the 32 - shift low bits are ours.
-            low = code & ((1 << (32 - shift)) - 1)
-            code = low | (run[..., word + 1] << (32 - shift))
-        out[..., i] = code & mask
-    return out.flatten(-2)[..., :columns]
+    *front, _ = packed.shape
+    eights = -(-columns // 8)
+    octets = packed.contiguous().view(torch.uint8)
+    missing = eights * bits - octets.shape[-1]
+    octets = torch.nn.functional.pad(octets, (0, max(0, missing)))[..., : eights * bits]
+    octets = octets.reshape(*front, eights, bits)
+    wide = torch.int32 if bits <= 4 else torch.int64
+    stream = octets[..., 0].to(wide)
+    for k in range(1, bits):
+        stream |= octets[..., k].to(wide) << (8 * k)
+    shifts = torch.arange(0, 8 * bits, bits, dtype=wide, device=packed.device)
+    codes = (stream.unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1)
+    return codes.reshape(*front, eights * 8)[..., :columns]

@@ -1,0 +1,97 @@
+"""llm-compressor's GPTQ in its own environment, started by peer_gptq.py.
+
+    .peer-venv/bin/python bench/peer_child.py JOB.json ANSWER.json
+
+The quantised weights are written as a plain fp32 checkpoint that stock transformers opens, so that
+both sides are judged by the same evaluator. Nothing of rarefy is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+def peak() -> int:
+    """Peak resident memory of this process, in bytes."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def main() -> None:
+    """Quantise, time, write."""
+    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+    ids = load_file(job["tokens"])["ids"]
+    rows = ids.tolist()
+    dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(rows[0])] * len(rows)})
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    weights = QuantizationArgs(
+        num_bits=job["bits"], type="int", symmetric=False, strategy="group", group_size=64
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    recipe = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    before = {name: value.clone() for name, value in list(model.named_parameters())[:12]}
+    after_load = peak()
+    start = time.perf_counter()
+    oneshot(
+        model=model,
+        dataset=dataset,
+        recipe=recipe,
+        num_calibration_samples=ids.shape[0],
+        max_seq_length=ids.shape[1],
+        shuffle_calibration_samples=False,
+        pipeline="sequential",
+    )
+    seconds = time.perf_counter() - start
+    answer = {
+        "seconds": seconds,
+        "peak_bytes": peak(),
+        "after_load_bytes": after_load,
+        "threads": torch.get_num_threads(),
+        "block_size": recipe.block_size,
+        "dampening": recipe.dampening_frac,
+        "actorder": str(recipe.actorder),
+        "versions": {
+            name: metadata.version(name)
+            for name in ("llmcompressor", "compressed-tensors", "transformers", "torch", "datasets")
+        },
+    }
+    answer["levels"] = write_dense(job, dict(model.named_parameters()), before)
+    Path(sys.argv[2]).write_text(json.dumps(answer))
+
+
+def write_dense(
+    job: dict[str, Any], found: dict[str, torch.Tensor], before: dict[str, torch.Tensor]
+) -> int:
+    """Put the rounded weights into a fresh dense model and save it; return levels of a group."""
+    plain = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    changed, levels = 0, 0
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            value = found[name]
+            changed += bool(name in before and not torch.equal(before[name], value))
+            if name.endswith("down_proj.weight"):
+                levels = max(levels, *(len(row[:64].unique()) for row in value[:16]))
+            parameter.copy_(value)
+    if not changed or levels > 2 ** job["bits"]:
+        sys.exit(f"the weights are not rounded: {changed} changed, {levels} levels in a group")
+    plain.save_pretrained(job["out"])
+    return levels
+
+
+if __name__ == "__main__":
+    main()
