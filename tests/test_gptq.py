@@ -8,15 +8,18 @@ code with the solver but the format's grids.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from rarefy.formats.base import Grid
 from rarefy.formats.integer import Int
 from rarefy.solvers.base import Problem
 from rarefy.solvers.gptq import GPTQ, _inverse_factor
 from rarefy.solvers.nearest import Nearest
+
+if TYPE_CHECKING:
+    from rarefy.formats.base import Grid
 
 DAMPING = 0.03
 SHAPES = {"even": (9, 48), "ragged": (9, 53), "wide rows": (40, 16)}
@@ -246,9 +249,7 @@ def indefinite(by: float) -> Problem:
 
 @every_solver
 @pytest.mark.parametrize(("by", "used"), [(0.02, 0.02 * 1.2), (0.05, 0.1), (0.5, 1.0)])
-def test_damping_climbs_until_the_hessian_is_definite(
-    solver: GPTQ, by: float, used: float
-) -> None:
+def test_damping_climbs_until_the_hessian_is_definite(solver: GPTQ, by: float, used: float) -> None:
     case, fmt = indefinite(by), Int(3, 16)
     start = used if by == 0.02 else 0.01
     found = replace(solver, damping=start).solve(case, fmt)

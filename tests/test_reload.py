@@ -55,16 +55,20 @@ TIED = [
     for family in ("qwen2", "qwen3")
     for which in ("head", "embedding", "embedding and head", "everything")
 ]
-UNTIED = [("llama", "head"), ("llama", "everything"), ("gemma2", "embedding")]
+UNTIED = [("llama", "head"), ("llama", "everything")]
+SCALED = [
+    (family, which) for family in ("gemma2", "gemma3_text") for which in ("embedding", "everything")
+]
 CASES = [
     *((family, which) for which in ("int4", "int3") for family in FAMILIES),
     *((family, "mixed") for family in ("llama", "gpt2", "qwen3_moe")),
     *((family, "sym8") for family in ("llama", "gpt_neox")),
     *TIED,
     *UNTIED,
+    *SCALED,
 ]
 
-READER = '''
+READER = """
 import json, sys
 import torch
 from safetensors.torch import save_file
@@ -100,7 +104,7 @@ for name in jobs["ours"]:
     read(name)
 save_file(found, sys.argv[2])
 json.dump(keys, open(sys.argv[2] + ".json", "w"))
-'''
+"""
 
 
 @dataclass
@@ -265,14 +269,12 @@ def test_every_linear_of_the_blocks_is_stored_packed(family: str, opened: Opened
 
 @pytest.mark.parametrize("family", MOE)
 def test_tokens_of_each_expert_are_counted(family: str, opened: Opened) -> None:
-    manifest = json.loads(
-        (opened.folders[case_name(family, "int4")] / "manifest.json").read_text()
-    )
+    manifest = json.loads((opened.folders[case_name(family, "int4")] / "manifest.json").read_text())
     for block in (0, 1):
         counts = {
             node["name"].rpartition(".experts.")[2]: node["tokens"]
             for node in manifest["nodes"]
-            if f".{block}." in node["name"] and ".experts." in node["name"]
+            if f"layers.{block}." in node["name"] and ".experts." in node["name"]
         }
         for e in range(4):
             of_expert = {counts[f"{e}.{leaf}_proj"] for leaf in ("gate", "up", "down")}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from conformance.samples import format_params, registered_formats, require_samples
 from safetensors.torch import load, save
 
+from conformance.samples import format_params, registered_formats, require_samples
 from rarefy.checkpoint.reader import DTYPES
 from rarefy.formats.base import FORMATS, Format, stored_bytes
 from rarefy.recipe import describe, format_from
@@ -59,9 +61,7 @@ def test_rounding_twice_is_rounding_once(fmt: Format, columns: int) -> None:
 @every_format
 @every_width
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_decoding_gives_what_was_rounded(
-    fmt: Format, columns: int, dtype: torch.dtype
-) -> None:
+def test_decoding_gives_what_was_rounded(fmt: Format, columns: int, dtype: torch.dtype) -> None:
     W = matrix(columns).to(dtype)
     for grid in (fmt.fit(W), fmt.fit(W, importance(columns).to(dtype))):
         rounded = grid.round(W).float()
@@ -105,7 +105,7 @@ def test_columns_may_be_rounded_in_pieces(fmt: Format, columns: int) -> None:
     W = matrix(columns)
     grid = fmt.fit(W)
     edges = sorted({0, 1, 5, 15, 16, 33, 100, columns} & set(range(columns + 1)))
-    pieces = [grid.round(W[:, a:b], a) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [grid.round(W[:, a:b], a) for a, b in itertools.pairwise(edges)]
     assert torch.equal(torch.cat(pieces, 1), grid.round(W))
 
 
@@ -127,9 +127,7 @@ def test_a_grid_is_cut_by_rows(fmt: Format, columns: int) -> None:
 def test_grids_of_spans_join_to_the_grid_of_the_whole(fmt: Format, columns: int) -> None:
     W, weights = matrix(columns), importance(columns)
     span = fmt.span or columns
-    grids = [
-        fmt.fit(W[:, a : a + span], weights[a : a + span]) for a in range(0, columns, span)
-    ]
+    grids = [fmt.fit(W[:, a : a + span], weights[a : a + span]) for a in range(0, columns, span)]
     joined = type(grids[0]).join(grids)
     assert same(joined.encode(W), fmt.fit(W, weights).encode(W))
     assert torch.equal(joined.round(W), fmt.fit(W, weights).round(W))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from conformance.samples import registered_solvers, require_samples, solver_params
 
-from rarefy.formats.base import Format
+from conformance.samples import registered_solvers, require_samples, solver_params
 from rarefy.solvers.base import Problem, Solver, output_error
 from rarefy.solvers.nearest import Nearest
+
+if TYPE_CHECKING:
+    from rarefy.formats.base import Format
 
 ROWS, COLUMNS = 11, 50
 LAYERS = 40
 every_solver = pytest.mark.parametrize(("solver", "fmt"), solver_params())
-every_calibrated_solver = pytest.mark.parametrize(
-    ("solver", "fmt"), solver_params(needs_gram=True)
-)
+every_calibrated_solver = pytest.mark.parametrize(("solver", "fmt"), solver_params(needs_gram=True))
 
 
 def layer(seed: int, dtype: torch.dtype = torch.float64) -> Problem:
@@ -94,9 +95,7 @@ def test_some_rows_alone_give_the_same_rows(solver: Solver, fmt: Format) -> None
 
 @every_solver
 @pytest.mark.parametrize("factor", [2.0, 7.3e-6, 7.3e6])
-def test_the_unit_of_the_inputs_does_not_matter(
-    solver: Solver, fmt: Format, factor: float
-) -> None:
+def test_the_unit_of_the_inputs_does_not_matter(solver: Solver, fmt: Format, factor: float) -> None:
     problem = layer(5)
     assert problem.gram is not None
     scaled = replace(problem, gram=problem.gram * factor)

@@ -8,17 +8,15 @@ moment loses at most the block in progress. ``finish`` joins the parts into shar
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rarefy.checkpoint.reader import DTYPES, Entry, read_entry, read_header
-from rarefy.errors import RarefyError
+from rarefy.errors import RarefyError, disk_errors
 from rarefy.formats.base import BYTES
 
 if TYPE_CHECKING:
@@ -29,28 +27,9 @@ JOURNAL = "journal.json"
 SHARD_BYTES = 5_000_000_000
 
 
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusals into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        mend = {
-            errno.ENOSPC: "free some space and run the same command again to go on",
-            errno.EDQUOT: "free some space and run the same command again to go on",
-            errno.EACCES: "choose a folder that you may write to",
-            errno.EPERM: "choose a folder that you may write to",
-            errno.EROFS: "choose a folder that you may write to",
-            errno.ENOTDIR: "choose another folder: a part of this path is a file",
-        }.get(error.errno or 0)
-        if mend is None:
-            raise
-        raise RarefyError(f"cannot write to {path}: {error.strerror}; {mend}") from error
-
-
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that its name never shows partial content."""
-    with _disk_errors(path.parent):
+    with disk_errors(path.parent):
         temporary = path.with_name(path.name + ".tmp")
         with temporary.open("wb") as stream:
             stream.write(data)
@@ -86,7 +65,7 @@ class Writer:
             raise RarefyError(
                 f"{out} exists and holds something else; choose another --out or give --fresh"
             )
-        with _disk_errors(out.parent):
+        with disk_errors(out.parent):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.journal: dict[str, Any] = {"key": key, "parts": {}}
         if (self.partial / JOURNAL).is_file():
@@ -114,7 +93,7 @@ class Writer:
         """Store a part's tensors and enter it, with JSON-ready notes, in the journal."""
         names = {dtype: name for name, dtype in DTYPES.items()}
         shapes = {n: (names[t.dtype], tuple(t.shape), t.nbytes) for n, t in tensors.items()}
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             _write_safetensors(self._file(part), shapes, lambda name: [_octets(tensors[name])])
         self.journal["parts"][part] = notes
         write_json(self.partial / JOURNAL, self.journal)
@@ -129,7 +108,7 @@ class Writer:
 
     def finish(self, parts: list[str], shard_bytes: int = SHARD_BYTES) -> None:
         """Join the parts into shards, then give the folder its final name."""
-        with _disk_errors(self.out.parent):
+        with disk_errors(self.out.parent):
             self._join([self._file(part) for part in parts], shard_bytes)
             _remove(self.out)
             self.folder.replace(self.out)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from rarefy.errors import RarefyError
+from rarefy.errors import RarefyError, disk_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,14 +36,19 @@ _ANY_MACHINE = (
 
 
 def cache_dir() -> Path:
-    """Return the folder for downloads and imported models.
+    """Return the folder for downloads and imported models; it is made if missing.
 
     ``$RAREFY_CACHE`` if set, else ``$XDG_CACHE_HOME/rarefy``, else ``~/.cache/rarefy``.
+
+    Raises:
+        RarefyError: the folder cannot be made.
     """
-    if chosen := os.environ.get("RAREFY_CACHE"):
-        return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rarefy"
+    default = (Path(base) if base else Path.home() / ".cache") / "rarefy"
+    folder = Path(os.environ.get("RAREFY_CACHE") or default).expanduser()
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def fetch(package: str, version: str, sha256: str | None = None) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rarefy.checkpoint.load import load_model, load_tokenizer
+from rarefy.checkpoint.manifest import read_manifest
 from rarefy.checkpoint.resolve import resolve
 from rarefy.data import corpora, tokens
 from rarefy.errors import RarefyError
@@ -135,7 +136,7 @@ def evaluate(
         footprint_dense=dense_size,
         speed=speeds[1],
         speed_dense=speeds[0],
-        manifest=_read(folder, "manifest.json"),
+        manifest=read_manifest(folder),
         versions={package: _version(package) for package in _PACKAGES},
     )
 

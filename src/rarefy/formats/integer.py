@@ -181,8 +181,13 @@ class Int(Format):
             zeros = packed["weight_zero_point"]
             zero = unpack(zeros.T.contiguous(), self.bits, count).T[wanted].float()
         codes = unpack(packed["weight_packed"][wanted], self.bits, columns).float()
-        scale, zero = IntGrid(scale, zero, self)._spread(columns, 0)
-        return codes.sub_(zero).mul_(scale).to(_TORCH[self.scale_dtype]).float()
+        pad = self.groups(columns) * (self.group or columns) - columns
+        if pad:
+            codes = torch.nn.functional.pad(codes, (0, pad))
+        groups = codes.reshape(*scale.shape, -1)
+        groups.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
+        values = groups.reshape(scale.shape[0], -1)[:, :columns]
+        return values.to(_TORCH[self.scale_dtype]).float()
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Stored tensors; see :meth:`Format.layout`."""

@@ -70,6 +70,11 @@ class PackedLinear(PackedMatrix):
         super().__init__(fmt, shape)
         self.bias = bias
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Shape without values, for initialisers that reach into their children (GPT-2's)."""
+        return torch.empty(self.shape, device="meta")
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n] -> [..., m]."""
         y = self.product(x)
@@ -85,9 +90,7 @@ class PackedEmbedding(PackedMatrix):
         factor: multiplies the output (Gemma's embedding scale), or None.
     """
 
-    def __init__(
-        self, fmt: Format, shape: tuple[int, int], factor: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, fmt: Format, shape: tuple[int, int], factor: float | None = None) -> None:
         super().__init__(fmt, shape)
         self.factor = factor
 
@@ -95,7 +98,7 @@ class PackedEmbedding(PackedMatrix):
         """Token ids [...] -> [..., width]."""
         unique, where = torch.unique(ids, return_inverse=True)
         rows = self.dense(unique)[where]
-        return rows if self.factor is None else rows * self.factor.to(rows)
+        return rows if self.factor is None else rows * self.factor
 
 
 class TiedHead(nn.Module):

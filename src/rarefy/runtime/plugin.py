@@ -73,7 +73,9 @@ class RarefyQuantizer(HfQuantizer):  # type: ignore[misc]
             rows, columns = module.weight.shape
             packed: nn.Module
             if isinstance(module, nn.Embedding):
-                packed = PackedEmbedding(fmt, (rows, columns), getattr(module, "embed_scale", None))
+                # Gemma's ``embed_scale`` is a buffer, which has no value on the meta device.
+                factor = getattr(module, "scalar_embed_scale", None)
+                packed = PackedEmbedding(fmt, (rows, columns), factor)
             else:
                 shape = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
                 packed = PackedLinear(fmt, shape, module.bias)
