@@ -135,7 +135,8 @@ def show(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> N
     table = Table(*head, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(f"{cell:.4g}" if type(cell) is float else str(cell) for cell in row))
-    Console().print(table)
+    # A log has no width of its own; the usual guess of 80 cuts names off.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def write_llama(folder: Path, shape: Shape, seed: int = 0) -> Path:

@@ -15,8 +15,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import OUT, Criterion, Shape, close, compress_in_child, machine, show, write_llama
-from common import write_words as words
+from common import (
+    OUT,
+    Criterion,
+    Shape,
+    close,
+    compress_in_child,
+    machine,
+    show,
+    write_llama,
+    write_words,
+)
 
 LIMIT = 1.6e9
 CHANGE = 0.05
@@ -63,7 +72,7 @@ def measure(work: Path, depth: int, options: argparse.Namespace) -> dict[str, An
         "model": str(model),
         "recipe": "gptq-int4-g64",
         "out": str(work / f"out-{depth}"),
-        "text": str(words(work / "words.txt", tokens)),
+        "text": str(write_words(work / "words.txt", tokens)),
         "sequences": options.sequences,
         "length": options.length,
         "seed": options.seed,

@@ -123,6 +123,7 @@ def peer(python: Path, source: Path, bits: int, work: Path) -> dict[str, Any]:
         for file in source.glob(pattern):
             shutil.copyfile(file, work / name / file.name)
     found: dict[str, Any] = json.loads(answer.read_text())
+    process -= found["export_seconds"]
     return {"name": name, "bits": bits, "process_seconds": process} | found
 
 

@@ -26,8 +26,9 @@ from common import OUT, Criterion, Shape, close, machine, show, write_llama, wri
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LOOK_SECONDS = 0.0005
-JOIN_DELAYS = (0.0, 0.004, 0.012)
+LOOK_SECONDS = 0.0002
+# What is there at the start of the join, in its middle and at its end.
+JOIN_SIGNS = ("timings.json", "model.safetensors.tmp", "model.safetensors")
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Run:
     command: list[str]
     out: Path
     log: Path
-    incomplete: list[str] = field(default_factory=list)
+    incomplete: set[str] = field(default_factory=set)
 
     @property
     def partial(self) -> Path:
@@ -57,7 +58,7 @@ class Run:
             command = [*self.command, "--out", str(self.out)]
             return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
 
-    def watch(self, stop: Callable[[], bool], whole: Path | None, delay: float = 0.0) -> bool:
+    def watch(self, stop: Callable[[], bool], whole: Path | None) -> bool:
         """Run until ``stop`` and kill, or to the end; return whether it was killed.
 
         All the time, what is called OUT must be complete (as ``whole`` is).
@@ -66,7 +67,6 @@ class Run:
         while process.poll() is None:
             self._look(whole)
             if stop():
-                time.sleep(delay)
                 process.kill()
                 process.wait()
                 self._look(whole)
@@ -83,7 +83,7 @@ class Run:
         for name, size in sizes(whole).items():
             file = self.out / name
             if not file.is_file() or (name != "timings.json" and file.stat().st_size != size):
-                self.incomplete.append(name)
+                self.incomplete.add(name)
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -133,26 +133,28 @@ def kill_and_resume(run: Run, whole: Path, count: int) -> dict[str, Any]:
         "killed_unfinished": unfinished,
         "recomputed": sorted(touched) if kept else sorted(parts),
         "differences": differences(whole, run.out),
-        "incomplete": run.incomplete,
+        "incomplete": sorted(run.incomplete),
     }
 
 
-def kill_in_join(run: Run, whole: Path, delay: float) -> dict[str, Any]:
-    """Kill after the manifest is written, while the weights are joined; start again, compare."""
-    manifest = run.partial / "out" / "timings.json"
-    killed = run.watch(manifest.exists, whole, delay)
-    joined = run.partial / "out" / "model.safetensors"
-    state = "after the rename" if run.out.exists() else "before the join"
-    if joined.exists():
-        state = f"in the join, {joined.stat().st_size} bytes written"
+def kill_in_join(run: Run, whole: Path, sign: str) -> dict[str, Any]:
+    """Kill when a file shows that the weights are being joined; start again, compare."""
+    killed = run.watch((run.partial / "out" / sign).exists, whole)
+    if not killed:
+        state = "missed it, the run was done"
+    elif run.out.exists():
+        state = "after the last rename"
+    else:
+        state = ", ".join(sorted(file.name for file in (run.partial / "out").glob("model*")))
+        state = f"{state or 'no weights'} there"
     run.watch(lambda: False, whole)
     return {
-        "where": f"join + {1000 * delay:.0f} ms: {state}",
+        "where": f"join, at {sign}: {state}",
         "killed_unfinished": killed,
         "left_over": run.partial.exists(),
         "recomputed": [],
         "differences": differences(whole, run.out),
-        "incomplete": run.incomplete,
+        "incomplete": sorted(run.incomplete),
     }
 
 
@@ -199,13 +201,13 @@ def measure(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     second.watch(lambda: False, first.out)
     cases = [
         {"where": "never", "killed_unfinished": False, "recomputed": [],
-         "differences": differences(first.out, second.out), "incomplete": second.incomplete}
+         "differences": differences(first.out, second.out), "incomplete": sorted(second.incomplete)}
     ]  # fmt: skip
     blocks = int(json.loads((first.out / "config.json").read_text())["num_hidden_layers"])
     for number in (1, blocks // 2, blocks - 1):
         cases.append(kill_and_resume(run(f"killed-{number}"), first.out, number))
-    for number, delay in enumerate(JOIN_DELAYS):
-        cases.append(kill_in_join(run(f"joined-{number}"), first.out, delay))
+    for number, sign in enumerate(JOIN_SIGNS):
+        cases.append(kill_in_join(run(f"joined-{number}"), first.out, sign))
     return cases
 
 

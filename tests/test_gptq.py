@@ -76,7 +76,7 @@ def reference(case: Problem, fmt: Int, solver: GPTQ) -> Swept:
     W, Q = case.weight.clone(), torch.zeros_like(case.weight)
     n, span = W.shape[1], fmt.span or W.shape[1]
     order = visiting_order(H, solver, fmt.span)
-    fixed = fmt.fit(case.weight, H.diagonal()) if solver.static_groups else None
+    fixed = fmt.fit(case.weight, H.diagonal().sqrt()) if solver.static_groups else None
     live: dict[int, Grid] = {}
     inverse = torch.linalg.inv(damped(H, solver.damping))
     errors = torch.zeros_like(W)
@@ -86,7 +86,7 @@ def reference(case: Problem, fmt: Int, solver: GPTQ) -> Swept:
         else:
             group = slice(j // span * span, min(j // span * span + span, n))
             if group.start not in live:
-                live[group.start] = fmt.fit(W[:, group], H.diagonal()[group])
+                live[group.start] = fmt.fit(W[:, group], H.diagonal().sqrt()[group])
             q = live[group.start].round(W[:, j : j + 1], j - group.start)[:, 0]
         Q[:, j] = q
         pivot = inverse[j, j].clone()
@@ -174,8 +174,8 @@ def test_scaling_the_hessian_changes_nothing(solver: GPTQ, fmt: Int, factor: flo
 def test_diagonal_hessian_is_plain_rounding(solver: GPTQ, fmt: Int) -> None:
     case = problem()
     case = replace(case, gram=gram_of(case).diagonal().diag())
-    # The error-weighted range search sees diag(H) in GPTQ, so that plain rounding gets it too.
-    grid = fmt.fit(case.weight, gram_of(case).diagonal())
+    # The range search sees the inputs' RMS in GPTQ, so that plain rounding gets it too.
+    grid = fmt.fit(case.weight, gram_of(case).diagonal().sqrt())
     assert torch.equal(solver.solve(case, fmt).weight, grid.round(case.weight))
 
 

@@ -95,8 +95,8 @@ def test_stages_keep_their_order() -> None:
 def test_the_presets_are_what_their_names_say() -> None:
     expected = {
         "rtn-int4-g64": (Nearest(), Int(4, 64)),
-        "gptq-int4-g64": (GPTQ(), Int(4, 64)),
-        "gptq-int3-g64": (GPTQ(), Int(3, 64)),
+        "gptq-int4-g64": (GPTQ(static_groups=True), Int(4, 64, rule="mse")),
+        "gptq-int3-g64": (GPTQ(static_groups=True), Int(3, 64, rule="mse")),
     }
     assert set(expected) <= set(presets())
     for name, (solver, fmt) in expected.items():

@@ -109,6 +109,8 @@ class Writer:
     def finish(self, parts: list[str], shard_bytes: int = SHARD_BYTES) -> None:
         """Join the parts into shards, then give the folder its final name."""
         with disk_errors(self.out.parent):
+            for stale in self.folder.glob("model*.safetensors*"):
+                stale.unlink()
             self._join([self._file(part) for part in parts], shard_bytes)
             _remove(self.out)
             self.folder.replace(self.out)

@@ -193,7 +193,7 @@ def _solve_stack(
     start = time.perf_counter()
     linears = [task.linear(node) for node in nodes]
     stacked = torch.cat([matrix_of(linear) for linear in linears])
-    name = f"{task.name}.{nodes[0].path}"
+    name = f"{task.name}.({', '.join(node.path for node in nodes)})"
     if H is None and task.solver.needs_gram:
         # Only an expert that no token was routed to can get here.
         grid = fmt.fit(stacked)

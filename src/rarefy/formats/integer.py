@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from rarefy.errors import RarefyError
 from rarefy.formats.base import FORMATS, Format, Grid, Packed
 from rarefy.formats.packing import pack, unpack, words_per_row
 from rarefy.rules import ranges
@@ -154,6 +155,11 @@ class Int(Format):
             lo, hi = -reach, reach
         stored = _TORCH[self.scale_dtype]
         scale = ((hi - lo) / self.levels).to(stored).to(lo.dtype)
+        if not bool(torch.isfinite(scale).all()):
+            raise RarefyError(
+                f"weights up to {float(hi.max()):.3g} need a scale beyond {self.scale_dtype}; "
+                "convert the checkpoint to bfloat16, or keep this matrix"
+            )
         empty = scale == 0
         scale = torch.where(empty, torch.ones_like(scale), scale)
         if self.symmetric:

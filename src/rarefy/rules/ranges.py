@@ -27,30 +27,29 @@ def mse(
     quantize: Callable[[torch.Tensor, Range], torch.Tensor],
     importance: torch.Tensor | None,
     *,
-    steps: int = 100,
-    shrink: float = 0.2,
-    norm: float = 2.4,
+    steps: int = 12,
+    shrink: float = 0.64,
 ) -> Range:
-    """Shrink the min-max range to the one of least rounding error.
+    """Shrink the min-max range to the one of least squared rounding error.
 
-    The search of GPTQ's reference quantizer (Frantar et al., 2023): ranges ``p * (lo, hi)`` for
-    ``p`` from 1 down to ``shrink`` in ``steps`` parts of 1, error ``sum |w - q|**norm``.
+    GPTQ's reference quantizer (Frantar et al., 2023) searches in the same way, in steps of 0.01
+    down to 0.2 and with the exponent 2.4; below 0.64 no range ever won on trained weights, and the
+    column weights do what the exponent is for.
 
     Args:
         groups: float [m, G, g].
         quantize: rounds groups to the grid of a range.
         importance: weight of each column's error, [G, g], or None for equal weights.
-        steps: resolution of the search.
+        steps: number of ranges tried below the full one.
         shrink: the smallest range that is tried, as a share of the full one.
-        norm: exponent of the error.
     """
     lo, hi = minmax(groups)
     best_lo, best_hi = lo.clone(), hi.clone()
     best = torch.full_like(lo, torch.inf)
-    for step in range(round((1 - shrink) * steps) + 1):
-        p = 1 - step / steps
-        error = (quantize(groups, (p * lo, p * hi)) - groups).abs_().pow_(norm)
-        total = (error if importance is None else error * importance).sum(-1)
+    for step in range(steps + 1):
+        p = 1 - (1 - shrink) * step / steps
+        error = (quantize(groups, (p * lo, p * hi)) - groups).square_()
+        total = (error if importance is None else error.mul_(importance)).sum(-1)
         better = total < best
         best = torch.where(better, total, best)
         best_lo = torch.where(better, p * lo, best_lo)

@@ -52,7 +52,8 @@ class GPTQ(Solver):
     Attributes:
         damping: share of mean(diag(H)) added to the diagonal.
         activation_order: visit columns of large inputs first.
-        static_groups: fit every grid on the original weights before the sweep.
+        static_groups: fit every grid on the original weights before the sweep; the order of the
+            columns is then free of the groups.
         block: columns per lazy update; changes speed, not the result.
     """
 
@@ -73,16 +74,19 @@ class GPTQ(Solver):
         """Sweep the columns; see the module's formula."""
         assert problem.gram is not None
         W, H = problem.weight.clone(), problem.gram
-        dead = H.diagonal() <= 0
-        W[:, dead] = 0  # an input that never fires can carry no weight
         scores = H.diagonal()
+        dead = scores == 0
+        W[:, dead] = 0  # an input that never fires can carry no weight
         order = self._order(scores, fmt.span)
         factor, notes = self._factor(H, dead, order, problem.name)
         if factor is None:
             grid = fmt.fit(W)
             return Solution(grid.round(W), grid, notes)
-        fixed = fmt.fit(W, scores) if self.static_groups else None
-        Q, grid = _sweep(W, factor, fmt, _Plan(order, scores, self.block, fixed))
+        # The inputs' RMS: diag(H) itself would fit the grid to outlier columns alone, whose errors
+        # the sweep makes up for anyway.
+        importance = scores.sqrt()
+        fixed = fmt.fit(W, importance) if self.static_groups else None
+        Q, grid = _sweep(W, factor, fmt, _Plan(order, importance, self.block, fixed))
         return Solution(Q, grid, notes)
 
     def _order(self, scores: torch.Tensor, span: int | None) -> torch.Tensor:
@@ -148,13 +152,13 @@ class _Plan:
 
     Attributes:
         order: storage index of each visited column, [n].
-        scores: diag(H) in storage order, [n].
+        importance: weight of each column's rounding error for grid rules, in storage order, [n].
         block: columns per lazy update.
         fixed: grid fitted beforehand, or None to fit live.
     """
 
     order: torch.Tensor
-    scores: torch.Tensor
+    importance: torch.Tensor
     block: int
     fixed: Grid | None
 
@@ -219,4 +223,4 @@ def _fit_live(R: torch.Tensor, column: int, fmt: Format, plan: _Plan, position: 
     inside = plan.order[position : position + size] - first
     live = torch.empty_like(R[:size])
     live[inside] = R[position : position + size]
-    return fmt.fit(live.T, plan.scores[first : first + size])
+    return fmt.fit(live.T, plan.importance[first : first + size])
