@@ -15,7 +15,8 @@ import torch
 
 from rarefy.formats.integer import Int
 from rarefy.solvers.base import Problem
-from rarefy.solvers.gptq import GPTQ, _inverse_factor
+from rarefy.solvers.factor import inverse_factor
+from rarefy.solvers.gptq import GPTQ
 from rarefy.solvers.nearest import Nearest
 
 if TYPE_CHECKING:
@@ -136,12 +137,12 @@ def test_error_is_the_swept_errors_times_the_factor(solver: GPTQ, fmt: Int) -> N
     assert abs(loss / swept.errors.square().sum() - 1) < 1e-10
 
 
-@pytest.mark.parametrize("columns", [1, 2, 53])
+@pytest.mark.parametrize("columns", [1, 2, 53, 256, 700])
 def test_factor_is_that_of_the_inverse(columns: int) -> None:
     H = gram_of(problem(columns=columns))
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(1))
     alive = torch.zeros(columns, dtype=torch.bool)
-    U = _inverse_factor(H, alive, order, float(DAMPING * H.diagonal().mean()))
+    U = inverse_factor(H, alive, order, float(DAMPING * H.diagonal().mean()))
     assert U is not None
     assert torch.equal(U, U.triu())
     assert (U.diagonal() > 0).all()

@@ -12,8 +12,7 @@ Symbols: W [m, n] weights, Q the result, H [n, n], U [n, n], E [m, n] scaled err
 input axes. At the end ``W - Q = E U`` and the loss is ``sum E**2``.
 
 Where we differ, and why:
- * U comes from one Cholesky factor of H taken backwards (``H = R R^T``, R upper, ``U = R^-1``)
-   instead of factor, invert, factor again: a third of the work and no inverse to lose digits in.
+ * U comes from one Cholesky factor of H taken backwards; see ``solvers/factor.py``.
  * Grids are fitted on the live weights at the start of each group, also when a group is smaller
    than a block (the reference code reads stale ones there).
  * Activation order keeps groups together: groups by falling mean of diag(H), columns by falling
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from rarefy.solvers.base import SOLVERS, Problem, Solution, Solver
+from rarefy.solvers.factor import inverse_factor
 from rarefy.threads import single_threaded
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class GPTQ(Solver):
         mean = float(H.diagonal()[~dead].mean()) if not bool(dead.all()) else 1.0
         notes: tuple[str, ...] = ()
         for damping in sorted({self.damping, *(d for d in (0.1, 1.0) if d > self.damping)}):
-            U = _inverse_factor(H, dead, order, damping * mean)
+            U = inverse_factor(H, dead, order, damping * mean)
             if U is not None:
                 return U, notes
             notes = (
@@ -121,29 +121,6 @@ class GPTQ(Solver):
             f"the Hessian of {name} is not positive definite even at damping 1; "
             "the matrix was rounded to nearest",
         )
-
-
-def _inverse_factor(
-    H: torch.Tensor, dead: torch.Tensor, order: torch.Tensor, damping: float
-) -> torch.Tensor | None:
-    """Upper triangular U with ``(H + damping I)^-1 = U^T U`` in sweep order, or None.
-
-    fp64 here: the small eigenvalues of H decide where the error goes, and fp32 loses them. The
-    buffers are reused in place; two [n, n] fp64 matrices are alive at a time.
-    """
-    backwards = order.flip(0)
-    A = H[backwards][:, backwards].double()
-    diagonal = A.diagonal()
-    diagonal[dead[backwards]] = 1.0
-    diagonal += damping
-    L, info = torch.linalg.cholesky_ex(A)
-    del A
-    if int(info) != 0 or not bool(torch.isfinite(L.diagonal()).all()):
-        return None
-    inverse = torch.eye(len(order), dtype=L.dtype, device=L.device)
-    torch.linalg.solve_triangular(L, inverse, upper=False, out=inverse)
-    del L
-    return inverse.to(H.dtype).flip(0, 1)
 
 
 @dataclass(frozen=True)
