@@ -153,6 +153,11 @@ class Skeleton:
             if not (self.tied and name.startswith(head))
         )
 
+    @property
+    def widest(self) -> int:
+        """Bytes in fp32 of the largest parameter of a block."""
+        return max((4 * p.numel() for p in self.blocks[0].parameters()), default=0)
+
     def stored_matrices(self, formats: Mapping[str, Format]) -> dict[str, Stored]:
         """Compressed matrices as containers see them, from module-side name -> format."""
         found = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from rarefy.engine.close import account, write_config
 from rarefy.engine.select import select
 from rarefy.engine.skeleton import Skeleton, set_matrix
 from rarefy.engine.walk import BlockTask, NodeResult, advance, compress_block
+from rarefy.resources import peak_memory, return_freed_memory
 from rarefy.solvers.base import SOLVERS
 
 if TYPE_CHECKING:
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
     from rarefy.engine.capture import Batch
     from rarefy.engine.select import Selection
     from rarefy.recipe import Stage
+
+
+_LARGE = 1 << 24  # bytes of a matrix in fp32 from which on memory is traded for a little time
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def run_stage(run: StageRun, manifest: dict[str, Any]) -> None:
     skeleton.split |= any(skeleton.in_experts(f".{path}") for path in inside)
     for note in chosen.notes:
         run.watcher.say(note)
+    if skeleton.widest >= _LARGE:
+        return_freed_memory(_LARGE)
     seconds = _walk(run, skeleton, chosen)
     if not run.writer.has("outside"):
         _outside(run, skeleton, chosen)
@@ -219,9 +223,3 @@ def _entry(
         "seconds": result.seconds,
         "notes": list(result.notes),
     }
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from rarefy.errors import RarefyError
+from rarefy.resources import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +108,7 @@ def _measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: in
 
     if threads:
         torch.set_num_threads(threads)
-    baseline, start = _peak_resident(), time.perf_counter()
+    baseline, start = peak_memory(), time.perf_counter()
     model = load_model(folder)
     load_s, device = time.perf_counter() - start, model.device
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -127,7 +128,7 @@ def _measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: in
         decode_tok_s=0.0,
         ttft_runs=tuple(first for first, _ in runs),
         decode_runs=tuple((new_tokens - 1) / rest for _, rest in runs),
-        peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else _peak_resident(),
+        peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else peak_memory(),
         baseline_bytes=0 if cuda else baseline,
         kernel=kernel_text(model),
     )
@@ -173,24 +174,6 @@ def kernel_text(model: torch.nn.Module) -> str:
 
     counts = Counter(name(module) for module in model.modules() if multiplies(module))
     return ", ".join(f"{count} x {kind}" for kind, count in counts.most_common())
-
-
-def _peak_resident() -> int:
-    """Highest resident memory of this process so far, in bytes.
-
-    Linux's ``ru_maxrss`` survives exec and so starts at the parent's peak; ``VmHWM`` does not.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import psutil
-
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main() -> None:

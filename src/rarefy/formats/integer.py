@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from rarefy.errors import RarefyError
-from rarefy.formats.base import FORMATS, Format, Grid, Packed
+from rarefy.formats.base import FORMATS, Format, Grid, Packed, strips
 from rarefy.formats.packing import pack, unpack, words_per_row
 from rarefy.rules import ranges
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED = {"float16": "F16", "bfloat16": "BF16"}
 _RULES = ("minmax", "mse")
+_LARGE = 1 << 21  # elements above which a matrix is rounded in strips
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class IntGrid(Grid):
 
     def round(self, columns: torch.Tensor, at: int = 0) -> torch.Tensor:
         """Grid values of the nearest codes; see :meth:`Grid.round`."""
+        if columns.numel() > _LARGE:
+            pieces = strips(*columns.shape)
+            return torch.cat([self.rows(p.start, p.stop).round(columns[p], at) for p in pieces])
         scale, zero = self._spread(columns.shape[1], at)
         values = self._codes(columns, at).sub_(zero).mul_(scale)
         return values.to(_TORCH[self.form.scale_dtype]).to(columns.dtype)
@@ -68,8 +72,12 @@ class IntGrid(Grid):
     def encode(self, weight: torch.Tensor) -> Packed:
         """Codes [m, words] along columns, scales [m, G], zeros packed along rows [words, G]."""
         bits = self.form.bits
+        packed = [
+            pack(self.rows(p.start, p.stop)._codes(weight[p], 0).to(torch.int64), bits)
+            for p in strips(*weight.shape)
+        ]
         tensors = {
-            "weight_packed": pack(self._codes(weight, 0).to(torch.int64), bits),
+            "weight_packed": torch.cat(packed),
             "weight_scale": self.scale.to(_TORCH[self.form.scale_dtype]),
             "weight_shape": torch.tensor(list(weight.shape), dtype=torch.int64),
         }
@@ -137,16 +145,22 @@ class Int(Format):
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> IntGrid:
         """Choose each group's range by the rule; see :meth:`Format.fit`."""
+        pieces = [self._range(weight[rows], importance) for rows in strips(*weight.shape)]
+        lo, hi = (torch.cat(ends) for ends in zip(*pieces, strict=True))
+        return self._grid((lo, hi))
+
+    def _range(self, weight: torch.Tensor, importance: torch.Tensor | None) -> Range:
+        """The rule's range of every group of some rows."""
         n = weight.shape[1]
         count = self.groups(n)
         # Padding with zeros changes no range and costs no error: zero is always on the grid.
         pad = count * (self.group or n) - n
         groups = torch.nn.functional.pad(weight, (0, pad)).reshape(weight.shape[0], count, -1)
         if self.rule == "minmax":
-            return self._grid(ranges.minmax(groups))
+            return ranges.minmax(groups)
         if importance is not None:
             importance = torch.nn.functional.pad(importance, (0, pad)).reshape(count, -1)
-        return self._grid(ranges.mse(groups, self._quantize, importance))
+        return ranges.mse(groups, self._quantize, importance)
 
     def _grid(self, span: Range) -> IntGrid:
         lo, hi = span

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from rarefy.resources import single_threaded
 from rarefy.solvers.base import SOLVERS, Problem, Solution, Solver
 from rarefy.solvers.factor import inverse_factor
-from rarefy.threads import single_threaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
