@@ -10,8 +10,8 @@ import psutil
 from rarefy.checkpoint.load import default_device
 from rarefy.checkpoint.reader import Checkpoint
 from rarefy.checkpoint.resolve import resolve
-from rarefy.checkpoint.state import State
 from rarefy.engine.capture import complete_map
+from rarefy.engine.close import all_formats
 from rarefy.engine.compress import Calibration
 from rarefy.engine.select import select
 from rarefy.engine.skeleton import Skeleton
@@ -151,24 +151,18 @@ def plan(
     wanted = load_recipe(recipe)
     skeleton = Skeleton(Checkpoint(resolve(model)), default_device())
     complete_map(skeleton)
-    formats: dict[str, Format] = {}
     kept: dict[str, str] = {}
     notes: dict[str, None] = {}
-    earlier = dict(skeleton.state.formats)
+    before = set(skeleton.earlier)
     for stage in wanted.stages:
-        # The next stage must find what this one would have left behind.
-        skeleton.state = State(skeleton.state.base, earlier)
         chosen = select(skeleton, stage)
         notes |= dict.fromkeys(chosen.notes)
         kept |= chosen.kept
-        for index, block in enumerate(chosen.blocks):
-            formats |= {f"{skeleton.map.blocks}.{index}.{path}": f for path, f in block.items()}
-        formats |= chosen.outside
-        if skeleton.shares_packed_embedding(set(formats)):
-            formats.pop(skeleton.map.head, None)
-        earlier |= {skeleton.stored_name(name): fmt for name, fmt in formats.items()}
+        # The next stage must find what this one would have left behind.
+        skeleton.earlier = all_formats(skeleton, chosen)
+    formats = {name: fmt for name, fmt in skeleton.earlier.items() if name not in before}
     lines = tuple(_lines(skeleton, formats, kept))
-    reason = obstacle(skeleton.stored_matrices(earlier)) or ""
+    reason = obstacle(skeleton.stored_matrices(skeleton.earlier)) or ""
     return Plan(
         model=str(model),
         recipe=wanted.name,
@@ -208,7 +202,7 @@ def _stored(skeleton: Skeleton, name: str, elements: int) -> tuple[str, int]:
         entry = skeleton.checkpoint.entries[stored]
         return entry.dtype, entry.size
     module = name.removesuffix(".weight")
-    packed = skeleton.state.formats.get(skeleton.stored_name(module))
+    packed = skeleton.earlier.get(module)
     if packed is not None:
         rows, columns = skeleton.shape(module)
         return packed.label(), stored_bytes(packed, rows, columns)
