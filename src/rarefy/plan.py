@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rarefy.formats.base import Format
     from rarefy.recipe import Recipe
 
+_KEPT = 150_000_000  # bytes, seen on models of 0.1 to 1 GB
 _CAPTURE_TOKENS = 4096  # tokens of one batch; see engine.capture.capture_all
 
 
@@ -62,23 +63,26 @@ class Memory:
     """Predicted peak resident memory, in bytes; the three phases follow one another.
 
     Attributes:
-        baseline: this process with its libraries, measured.
-        capture: embeddings in fp32, the calibration activations, and one batch's share of masks.
-        blocks: one block in fp32, activations of all suspended passes, and the buffers of the
-            widest solve: ``n^2`` in fp32 for the Gram, two of fp64 for its factor, three copies
-            of the widest group of matrices, and the block's packed bytes twice (tensors, file).
-        outside: everything outside the blocks twice (tensors, file).
+        baseline: this process with its libraries and the empty model, measured.
+        capture: embeddings as stored and in fp32, the calibration activations, one batch's masks.
+        blocks: one block in fp32 and its packed bytes, the activations of all suspended passes,
+            one batch's temporary ones, and the buffers of the widest solve: ``n^2`` in fp32 for
+            the Gram and for its factor, in fp64 for the factorization, and three copies of the
+            widest group of matrices.
+        outside: everything outside the blocks.
+        kept: freed pieces that the C library keeps, tokenizer and text; a rule of thumb.
     """
 
     baseline: int
     capture: int
     blocks: int
     outside: int
+    kept: int
 
     @property
     def peak(self) -> int:
-        """Baseline plus the largest phase."""
-        return self.baseline + max(self.capture, self.blocks, self.outside)
+        """Baseline, what stays behind, and the largest phase."""
+        return self.baseline + self.kept + max(self.capture, self.blocks, self.outside)
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ def _memory(
     sizes = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     largest = max(range(len(sizes)), key=sizes.__getitem__)
     written = sum(e.bytes for e in lines if e.name.startswith(f"{prefix}{largest}."))
-    blocks = 4 * sizes[largest] + 2 * written
+    blocks = 4 * sizes[largest] + written
     capture = 0
     if recipe.needs_data:
         names = [f"{prefix}{largest}.{node.path}" for node in skeleton.map.linears]
@@ -235,8 +239,11 @@ def _memory(
         # A pass that waits before the down projection holds the block's input, the residual
         # stream, the normed input of the MLP, and the inner activations.
         blocks += 4 * tokens * (3 * hidden + widest)
-        blocks += 20 * widest**2 + 3 * 4 * grouped
-        capture = 4 * sum(e.weights for e in rest if e.weights > hidden)
+        # One batch's share of attention and MLP, which is freed and taken again.
+        blocks += 4 * min(tokens, _CAPTURE_TOKENS) * (4 * hidden + 3 * widest)
+        blocks += 16 * widest**2 + 3 * 4 * grouped
+        capture = 6 * sum(e.weights for e in rest if e.weights > hidden)
         capture += 4 * hidden * (tokens + min(tokens, _CAPTURE_TOKENS))
-    outside = 2 * sum(e.bytes for e in rest)
-    return Memory(psutil.Process().memory_info().rss, capture, blocks, outside)
+    outside = sum(e.bytes for e in rest)
+    kept = min(capture + blocks, _KEPT)
+    return Memory(psutil.Process().memory_info().rss, capture, blocks, outside, kept)

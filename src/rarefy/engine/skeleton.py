@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -69,7 +70,8 @@ class Skeleton:
         self.device = device
         self.state = read_state(checkpoint.path)
         self.earlier = self.state.formats
-        with init_empty_weights(include_buffers=False):
+        # Unwritten pages of parameters on their way to the meta device take no memory.
+        with no_init_weights(), init_empty_weights(include_buffers=False):
             self.model: Any = AutoModelForCausalLM.from_config(
                 causal_config(checkpoint), dtype=torch.float32
             )
@@ -183,7 +185,7 @@ class Skeleton:
             tensor = self._from_packed(name)
         else:
             tensor = self._from_fused(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise RarefyError(
                 f"{name} of {self.checkpoint.path} holds a NaN or an infinite value; "
                 "the checkpoint is damaged, fetch it again"
@@ -260,6 +262,13 @@ class Skeleton:
             yield module
         finally:
             self.drop(module)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, without temporary copies of its size."""
+    flat = tensor.reshape(-1)
+    pieces = torch.split(flat, 1 << 20)
+    return all(bool(piece.float().abs().max().isfinite()) for piece in pieces if len(piece))
 
 
 def is_transposed(module: nn.Module) -> bool:

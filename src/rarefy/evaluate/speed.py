@@ -60,7 +60,7 @@ class Speed:
 
 
 def measure(
-    folder: Path, prompt_tokens: int = 128, new_tokens: int = 32, threads: int | None = None
+    folder: Path, prompt_tokens: int = 128, new_tokens: int = 16, threads: int | None = None
 ) -> Speed:
     """Measure one model in a process of its own. Interleave calls (A B A B) so that drift cancels.
 
@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="rarefy.evaluate.speed")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args()
     one = _measure_here(given.folder, given.prompt_tokens, given.new_tokens, given.threads)
