@@ -71,7 +71,7 @@ def test_memory_grows_with_calibration_tokens_only_for_recipes_that_read_them(
     tmp_path: Path,
 ) -> None:
     model = save_tiny("llama", tmp_path / "dense")
-    few, many = rarefy.Calibration(sequences=1), rarefy.Calibration(sequences=1000)
+    few, many = rarefy.Calibration(sequences=8), rarefy.Calibration(sequences=1007)
     with_data = [plan(model, "gptq-int4-g64", calibration=c).memory for c in (few, many)]
     without = [plan(model, "rtn-int4-g64", calibration=c).memory for c in (few, many)]
     # Three hidden streams of 64 channels and 96 inner ones, in fp32, for 999 rows of 512 tokens.
