@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 _LARGE = 1 << 24  # bytes of a matrix in fp32 from which on memory is traded for a little time
+_RETURNED = 1 << 21  # smaller pieces stay with the C library
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def run_stage(run: StageRun, manifest: dict[str, Any]) -> None:
     for note in chosen.notes:
         run.watcher.say(note)
     if skeleton.widest >= _LARGE:
-        return_freed_memory(_LARGE)
+        return_freed_memory(_RETURNED)
     seconds = _walk(run, skeleton, chosen)
     if not run.writer.has("outside"):
         _outside(run, skeleton, chosen)

@@ -96,11 +96,11 @@ FORMATS: Registry[Format] = Registry("format", Format, "rarefy.formats")  # type
 BYTES = {"I64": 8, "F64": 8, "I32": 4, "F32": 4, "I16": 2, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
 
 
-_STRIP = 1 << 20
+_STRIP = 1 << 18
 
 
 def strips(rows: int, columns: int) -> list[slice]:
-    """Cut the rows of a matrix into pieces of about a million weights.
+    """Cut the rows of a matrix into pieces of about a quarter of a million weights.
 
     Rows are independent in most formats; working on a piece at a time keeps intermediate results
     in the cache and out of the peak memory.
