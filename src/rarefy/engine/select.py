@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from rarefy.engine.skeleton import LINEARS
 from rarefy.errors import RarefyError
+from rarefy.maps.discover import LINEARS
 
 if TYPE_CHECKING:
     from collections.abc import Container

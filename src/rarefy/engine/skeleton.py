@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from rarefy.formats.base import Format, Packed
 
 
-LINEARS = (nn.Linear, Conv1D)
-
-
 def causal_config(checkpoint: Checkpoint) -> Any:
     """The transformers config of a checkpoint.
 
