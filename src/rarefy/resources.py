@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
 @contextmanager
@@ -33,17 +33,34 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where it is glibc."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if libc is not None and hasattr(libc, "gnu_get_libc_version") else None
+
+
+def return_unused_pages() -> None:
+    """Give the pages between live pieces of the heap back to the system.
+
+    Small freed pieces pile up to hundreds of megabytes of resident but unused memory over a long
+    walk. Takes milliseconds; does nothing where the C library is not glibc.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 def return_freed_memory(size: int) -> None:
     """Have freed tensors of at least ``size`` bytes go back to the system at once.
 
-    glibc keeps freed pieces of up to 32 MB for later use, which adds up to hundreds of megabytes
-    of resident but unused memory over a long walk. Fresh pages cost time, so this is for models
-    whose matrices are large. Does nothing where the C library is another one.
+    glibc keeps freed pieces of up to 32 MB for later use. Fresh pages cost time, so this is for
+    models whose matrices are large. Does nothing where the C library is another one.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is not None and hasattr(libc, "gnu_get_libc_version"):
+    libc = _glibc()
+    if libc is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, size)
         libc.mallopt(_M_TRIM_THRESHOLD, size)
+        libc.mallopt(_M_ARENA_MAX, 1)  # a heap for every thread would keep its own leftovers
 
 
 def peak_memory() -> int:

@@ -27,6 +27,7 @@ from greenlet import getcurrent, greenlet
 from rarefy.engine.gram import Gram
 from rarefy.engine.skeleton import matrix_of, set_matrix
 from rarefy.errors import RarefyError
+from rarefy.resources import return_unused_pages
 from rarefy.solvers.base import Problem, output_error
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def _solve_group(task: BlockTask, group: tuple[Node, ...], gram: Gram | None) ->
         stacks[task.formats[node.path]].append(node)
     for fmt, nodes in stacks.items():
         _solve_stack(task, fmt, nodes, (H, gram.tokens if gram else 0))
+    return_unused_pages()
 
 
 def _solve_stack(
