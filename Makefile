@@ -2,6 +2,7 @@
 # make test    set up, run every test
 # make check   set up, lint, format check, types
 # make bench   set up, run the measurements of bench/
+# make bench-roles   set up, run every layer-wise preset on the default model: one table
 #
 # PYTHON chooses the interpreter of the virtual environment. Arguments for the installation of torch
 # (a CPU-only index, for example) go into TORCH_ARGS.
@@ -11,7 +12,7 @@ TORCH_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.done
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench bench-roles clean
 
 setup: $(READY)
 
@@ -36,6 +37,10 @@ bench: $(READY)
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/resume.py
 	$(BIN)/python bench/peer_gptq.py
+	$(BIN)/python bench/peer_pruning.py
+
+bench-roles: $(READY)
+	$(BIN)/python bench/roles.py
 
 clean:
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache

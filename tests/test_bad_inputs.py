@@ -374,7 +374,7 @@ def test_an_unwritable_folder_is_named(sound: Setup, monkeypatch: pytest.MonkeyP
 def test_a_hessian_that_is_not_positive_definite_is_reported(
     sound: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rarefy.engine.gram import Gram
+    from rarefy.statistics import Gram
 
     honest = Gram.mean
     monkeypatch.setattr(Gram, "mean", lambda self: honest(self) - 0.9 * torch.diag(honest(self)))

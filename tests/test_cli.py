@@ -116,7 +116,7 @@ def test_plan_as_json_adds_up(work: Path, packed: tuple[Path, str]) -> None:
 
 
 def test_methods_lists_every_method_with_its_presets() -> None:
-    rows = {row["name"]: row for row in json.loads(run("methods", "--json"))}
+    rows = {row["name"]: row for row in reversed(json.loads(run("methods", "--json")))}
     assert rows["gptq"]["arxiv"] == "2210.17323"
     assert "gptq-int3-g64" in rows["gptq"]["presets"]
     assert rows["int"]["options"]["bits"] == "required"

@@ -21,7 +21,6 @@ from rarefy.checkpoint import writer as writer_module
 from rarefy.checkpoint.reader import Checkpoint
 from rarefy.checkpoint.writer import Writer
 from rarefy.engine.capture import Batch, capture_all
-from rarefy.engine.gram import Gram
 from rarefy.engine.skeleton import Skeleton, matrix_of, set_matrix
 from rarefy.engine.stage import Watcher
 from rarefy.engine.walk import BlockTask, compress_block
@@ -29,6 +28,7 @@ from rarefy.errors import RarefyError
 from rarefy.formats.integer import Int
 from rarefy.solvers.base import Problem, output_error
 from rarefy.solvers.gptq import GPTQ
+from rarefy.statistics import Gram
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,6 +18,7 @@ from rarefy.doctor import examine
 from rarefy.engine.compress import Calibration
 from rarefy.engine.stage import Watcher
 from rarefy.errors import RarefyError
+from rarefy.methods import methods_markdown
 from rarefy.report import words
 from rarefy.report.card import card
 from rarefy.report.compare import comparison_markdown, comparison_table
@@ -191,8 +192,14 @@ def plan(
 @app.command()
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the catalogue as Markdown.")
+    ] = None,
 ) -> None:
     """List every method with its paper, file, presets and options."""
+    if markdown is not None:
+        write_atomic(markdown, methods_markdown().encode())
+        return
     rows = rarefy.methods()
     if as_json:
         typer.echo(json.dumps(rows, indent=1))

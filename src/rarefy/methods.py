@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from rarefy.formats.base import FORMATS
-from rarefy.recipe import iterate_formats, load_recipe, presets
+from rarefy.allocate.base import ALLOCATORS
+from rarefy.formats.activation import ACTIVATIONS
+from rarefy.formats.base import FORMATS, Format
+from rarefy.recipe import describe, iterate_formats, load_recipe, presets
 from rarefy.solvers.base import SOLVERS
+from rarefy.surgery.base import SURGERIES
+from rarefy.transforms.base import TRANSFORMS
 
 if TYPE_CHECKING:
     from rarefy.registry import Registry
+
+
+REGISTRIES: tuple[Registry[Any], ...] = (
+    FORMATS,
+    ACTIVATIONS,
+    SOLVERS,
+    TRANSFORMS,
+    SURGERIES,
+    ALLOCATORS,
+)
 
 
 def methods() -> list[dict[str, Any]]:
@@ -21,7 +36,6 @@ def methods() -> list[dict[str, Any]]:
         that use it) and options (field -> default; "required" where there is none).
     """
     used = _users()
-    registries: tuple[Registry[Any], ...] = (FORMATS, SOLVERS)
     return [
         {
             "name": card.name,
@@ -31,11 +45,50 @@ def methods() -> list[dict[str, Any]]:
             "arxiv": card.arxiv,
             "file": card.file,
             "presets": sorted(used[card.role, card.name]),
-            "options": {k: "required" if v is ... else v for k, v in card.options.items()},
+            "options": {k: _plain(v) for k, v in card.options.items()},
         }
-        for registry in registries
+        for registry in REGISTRIES
         for card in registry
     ]
+
+
+def methods_markdown() -> str:
+    """The catalogue as docs/methods.md: one table a role."""
+    lines = [
+        "# Methods",
+        "",
+        "Written by `rarefy methods --markdown docs/methods.md`. Options are the keys of recipes;",
+        "a preset is a recipe that comes with the package.",
+    ]
+    rows = methods()
+    for role in dict.fromkeys(row["role"] for row in rows):
+        lines += ["", f"## {role.capitalize()}s", ""]
+        lines += [
+            "| Name | Family | Paper | File | Options | Presets |",
+            "|:--|:--|:--|:--|:--|:--|",
+        ]
+        lines += [_line(row) for row in rows if row["role"] == role]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    paper = row["paper"]
+    if row["arxiv"]:
+        paper = f"[{paper or row['arxiv']}](https://arxiv.org/abs/{row['arxiv']})"
+    options = ", ".join(
+        f"`{key}` = {json.dumps(value)}" if value != "required" else f"`{key}` (required)"
+        for key, value in row["options"].items()
+    )
+    presets = ", ".join(f"`{name}`" for name in row["presets"])
+    cells = (f"`{row['name']}`", row["family"], paper, f"`{row['file']}`", options, presets)
+    return "| " + " | ".join(cells) + " |"
+
+
+def _plain(default: object) -> object:
+    """A default as JSON knows it."""
+    if default is ...:
+        return "required"
+    return describe(default) if isinstance(default, Format) else default
 
 
 def _users() -> dict[tuple[str, str], set[str]]:
@@ -44,7 +97,12 @@ def _users() -> dict[tuple[str, str], set[str]]:
     for name in presets():
         recipe = load_recipe(name)
         for stage in recipe.stages:
-            used[SOLVERS.role, SOLVERS.name_of(stage.solver)].add(name)
+            used[stage.role, stage.name].add(name)
+            if stage.allocator is not None:
+                used[ALLOCATORS.role, ALLOCATORS.name_of(stage.allocator)].add(name)
+            for _, scheme in stage.schemes:
+                if scheme is not None and scheme.input is not None:
+                    used[ACTIVATIONS.role, ACTIVATIONS.name_of(scheme.input)].add(name)
         for fmt in iterate_formats(recipe):
             used[FORMATS.role, FORMATS.name_of(fmt)].add(name)
     return used

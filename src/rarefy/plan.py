@@ -158,15 +158,24 @@ def plan(
     kept: dict[str, str] = {}
     notes: dict[str, None] = {}
     before = set(skeleton.earlier)
+    inputs = dict(skeleton.state.inputs)
     for stage in wanted.stages:
+        if stage.role == "surgery":
+            notes[f"{stage.name} cuts first; the sizes are those of the model before the cut"] = (
+                None
+            )
+        if stage.role != "solver":
+            continue
         chosen = select(skeleton, stage)
         notes |= dict.fromkeys(chosen.notes)
         kept |= chosen.kept
         # The next stage must find what this one would have left behind.
         skeleton.earlier = all_formats(skeleton, chosen)
+        inputs |= chosen.inputs
+        skeleton.open_factors()
     formats = {name: fmt for name, fmt in skeleton.earlier.items() if name not in before}
     lines = tuple(_lines(skeleton, formats, kept))
-    reason = obstacle(skeleton.stored_matrices(skeleton.earlier)) or ""
+    reason = obstacle(skeleton.stored_matrices(skeleton.earlier, inputs)) or ""
     return Plan(
         model=str(model),
         recipe=wanted.name,

@@ -1,20 +1,23 @@
 """Recipes: YAML in, checked stages out.
 
-A recipe is a list of stages. A stage names a solver, gives its options, and a scheme table: ordered
-globs over the names of weight matrices, first match wins.
+A recipe is a list of stages. A stage names a method by its role and gives the method's options:
 
     name: mixed
-    description: 8 bits where it hurts, 4 elsewhere
+    description: smooth first; then 8 bits where it hurts, 4 elsewhere
     stages:
+      - transform: smoothquant
+        alpha: 0.5
       - solver: gptq
         damping: 0.01
         schemes:
           "*.mlp.down_proj": {format: int, bits: 8, group: 64}
           "lm_head": {format: int, bits: 8}
           "model.layers.0.*": keep
-          "*": {format: int, bits: 4, group: 64}
+          "*": {format: int, bits: 4, group: 64, input: {format: int, bits: 8}}
 
-A bare ``*`` means every linear of the decoder blocks. Embeddings and the output head are left
+The roles are ``solver`` (with ``schemes``, and ``allocate`` if layers are to differ), ``transform``
+and ``surgery``. A scheme table has ordered globs over the names of weight matrices, first match
+wins. A bare ``*`` means every linear of the decoder blocks; embeddings and the output head are left
 alone unless a pattern spells them out. Everything is checked before anything is computed.
 """
 
@@ -31,15 +34,39 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from rarefy.allocate.base import ALLOCATORS, Allocator
 from rarefy.errors import RarefyError
+from rarefy.formats.activation import ACTIVATIONS, Activation
 from rarefy.formats.base import FORMATS, Format
 from rarefy.registry import suggest
 from rarefy.solvers.base import SOLVERS, Solver
+from rarefy.surgery.base import SURGERIES, Surgery
+from rarefy.transforms.base import TRANSFORMS, Transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from rarefy.registry import Registry
+
 KEEP = "keep"
+_ROLES: dict[str, Registry[Any]] = {
+    "solver": SOLVERS,
+    "transform": TRANSFORMS,
+    "surgery": SURGERIES,
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one matrix is stored, and how its input is rounded while the model runs.
+
+    Attributes:
+        weight: format of the matrix.
+        input: format of the activations that it multiplies; None leaves them alone.
+    """
+
+    weight: Format
+    input: Activation | None = None
 
 
 @dataclass(frozen=True)
@@ -47,15 +74,41 @@ class Stage:
     """One step from checkpoint to checkpoint.
 
     Attributes:
-        solver: how each matrix is solved.
-        schemes: (glob, format or None to keep), first match wins.
+        method: a solver, a transform or a surgery.
+        schemes: (glob, scheme or None to keep), first match wins. A transform has the table of
+            the solver stage that follows it, so that it knows what it prepares for.
+        allocator: shares the formats' budgets out among the matrices; None leaves them uniform.
     """
 
-    solver: Solver
-    schemes: tuple[tuple[str, Format | None], ...]
+    method: Solver | Transform | Surgery
+    schemes: tuple[tuple[str, Scheme | None], ...] = ()
+    allocator: Allocator | None = None
 
-    def scheme_for(self, name: str, *, inside: bool) -> Format | None:
-        """The format of the matrix called ``name``, or None to leave it alone.
+    @property
+    def role(self) -> str:
+        """The method's role: "solver", "transform" or "surgery"."""
+        kinds = {"solver": Solver, "transform": Transform, "surgery": Surgery}
+        return next(role for role, kind in kinds.items() if isinstance(self.method, kind))
+
+    @property
+    def name(self) -> str:
+        """The method's name in its registry."""
+        return _ROLES[self.role].name_of(self.method)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the stage reads; any of them needs calibration data."""
+        static = any(s and s.input and s.input.static for _, s in self.schemes)
+        moments = frozenset({"moments"} if static and self.role == "solver" else ())
+        return self.method.needs | moments
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the stage reads calibration data."""
+        return bool(self.needs or (self.allocator is not None and self.allocator.needs))
+
+    def scheme_for(self, name: str, *, inside: bool) -> Scheme | None:
+        """The scheme of the matrix called ``name``, or None to leave it alone.
 
         Args:
             name: module path, ``model.layers.0.mlp.down_proj``.
@@ -86,7 +139,7 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether any stage reads calibration data."""
-        return any(stage.solver.needs_gram for stage in self.stages)
+        return any(stage.needs_data for stage in self.stages)
 
 
 class _Document(BaseModel):
@@ -131,10 +184,28 @@ def parse_recipe(data: dict[str, Any], name: str) -> Recipe:
         raise RarefyError(f"recipe {name}: {_sentence(error)}") from error
     if not document.stages:
         raise RarefyError(f"recipe {name}: stages is empty; give at least one")
-    stages = tuple(
+    stages = [
         _stage(stage, f"recipe {name}, stage {i}") for i, stage in enumerate(document.stages, 1)
-    )
-    return Recipe(document.name or name, document.description, stages, data)
+    ]
+    _check_order(stages, name)
+    for i, stage in enumerate(stages):
+        if stage.role == "transform":
+            table = next((s.schemes for s in stages[i:] if s.role == "solver"), ())
+            stages[i] = dataclasses.replace(stage, schemes=table)
+    return Recipe(document.name or name, document.description, tuple(stages), data)
+
+
+def _check_order(stages: list[Stage], name: str) -> None:
+    """Transforms and surgeries change weights, so they come before anything is rounded."""
+    solved = 0
+    for i, stage in enumerate(stages, 1):
+        if stage.role == "solver":
+            solved = solved or i
+        elif solved:
+            raise RarefyError(
+                f"recipe {name}: stage {i} ({stage.name}) would change weights that stage {solved} "
+                "has brought into their format; put it first"
+            )
 
 
 def _sentence(error: ValidationError) -> str:
@@ -150,39 +221,91 @@ def _sentence(error: ValidationError) -> str:
 
 def _stage(data: Mapping[str, Any], where: str) -> Stage:
     options = dict(data)
-    solver = options.pop("solver", None)
-    schemes = options.pop("schemes", None)
-    if solver is None:
-        near = difflib.get_close_matches("solver", list(options), n=1)
-        hint = f"; did you mean 'solver' where it says {near[0]!r}?" if near else ""
-        raise RarefyError(f"{where}: the key solver is missing{hint}")
-    if not isinstance(schemes, dict) or not schemes:
+    roles = [role for role in _ROLES if role in options]
+    if len(roles) > 1:
+        raise RarefyError(f"{where}: {' and '.join(roles)} in one stage; give each a stage")
+    if not roles:
+        near = [m for key in options for m in difflib.get_close_matches(key, list(_ROLES), n=1)]
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RarefyError(f"{where}: the key solver, transform or surgery is missing{hint}")
+    [role] = roles
+    name = str(options.pop(role))
+    schemes, allocate = options.pop("schemes", None), options.pop("allocate", None)
+    if role != "solver" and (schemes is not None or allocate is not None):
+        what = "schemes" if schemes is not None else "allocate"
+        raise RarefyError(f"{where}: {what} belongs to a solver stage; a {role} has none")
+    if role == "solver" and (not isinstance(schemes, dict) or not schemes):
         raise RarefyError(f"{where}: give schemes, a mapping from name patterns to formats")
-    built = SOLVERS.build(str(solver), options, where)
-    return Stage(built, tuple((str(p), _scheme(s, f"{where}, {p!r}")) for p, s in schemes.items()))
+    method = _ROLES[role].build(name, options, where)
+    table = ((str(p), _scheme(s, f"{where}, {p!r}")) for p, s in (schemes or {}).items())
+    return Stage(method, tuple(table), _allocator(allocate, where))
 
 
-def _scheme(data: object, where: str) -> Format | None:
+def _allocator(data: object, where: str) -> Allocator | None:
+    if data is None:
+        return None
+    if not isinstance(data, dict) or "method" not in data:
+        raise RarefyError(f"{where}: allocate must be a mapping with the key method")
+    options = {k: v for k, v in data.items() if k != "method"}
+    return ALLOCATORS.build(str(data["method"]), options, f"{where}, allocate")
+
+
+def _scheme(data: object, where: str) -> Scheme | None:
     if data == KEEP:
         return None
     if not isinstance(data, dict) or "format" not in data:
         raise RarefyError(f"{where}: give 'keep' or a mapping with the key format")
-    options = {k: v for k, v in data.items() if k != "format"}
-    return FORMATS.build(str(data["format"]), options, where)
+    rest = {k: v for k, v in data.items() if k != "input"}
+    rounding = data.get("input")
+    if rounding is not None and (not isinstance(rounding, dict) or "format" not in rounding):
+        raise RarefyError(f"{where}: input must be a mapping with the key format")
+    activation = None if rounding is None else _build(ACTIVATIONS, rounding, f"{where}, input")
+    return Scheme(_build(FORMATS, rest, where), activation)
 
 
-def describe(fmt: Format) -> dict[str, Any]:
+def _build(registry: Registry[Any], data: Mapping[str, Any], where: str) -> Any:
+    """An entry from plain data; options that are formats themselves are built first."""
+    options = {
+        key: _build(FORMATS, value, f"{where}, {key}")
+        if isinstance(value, dict) and "format" in value
+        else value
+        for key, value in data.items()
+        if key != "format"
+    }
+    return registry.build(str(data["format"]), options, where)
+
+
+def describe(fmt: Format | Activation) -> dict[str, Any]:
     """A format as plain data, the inverse of reading it from a recipe."""
-    return {"format": FORMATS.name_of(fmt), **dataclasses.asdict(fmt)}  # type: ignore[call-overload]
+    registry: Registry[Any] = FORMATS if isinstance(fmt, Format) else ACTIVATIONS
+    fields = ((f.name, getattr(fmt, f.name)) for f in dataclasses.fields(fmt))  # type: ignore[arg-type]
+    return {"format": registry.name_of(fmt)} | {
+        name: describe(value) if isinstance(value, Format) else value for name, value in fields
+    }
 
 
 def format_from(data: Mapping[str, Any]) -> Format:
     """Build a format from :func:`describe`'s output."""
-    options = {k: v for k, v in data.items() if k != "format"}
-    return FORMATS.build(str(data["format"]), options, "stored format")
+    fmt: Format = _build(FORMATS, data, "stored format")
+    return fmt
+
+
+def activation_from(data: Mapping[str, Any]) -> Activation:
+    """Build an activation format from :func:`describe`'s output."""
+    activation: Activation = _build(ACTIVATIONS, data, "stored activation format")
+    return activation
 
 
 def iterate_formats(recipe: Recipe) -> Iterator[Format]:
-    """Every format that the recipe mentions."""
+    """Every format that the recipe mentions, those inside others included."""
+
+    def walk(fmt: Format) -> Iterator[Format]:
+        yield fmt
+        for f in dataclasses.fields(fmt):  # type: ignore[arg-type]
+            if isinstance(inner := getattr(fmt, f.name), Format):
+                yield from walk(inner)
+
     for stage in recipe.stages:
-        yield from (scheme for _, scheme in stage.schemes if scheme is not None)
+        for _, scheme in stage.schemes:
+            if scheme is not None:
+                yield from walk(scheme.weight)

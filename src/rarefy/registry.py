@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rarefy.errors import RarefyError
 
@@ -52,10 +52,13 @@ class Card(Generic[T]):
     @property
     def options(self) -> dict[str, object]:
         """Field name -> default of every hyper-parameter (``...`` where it must be given)."""
-        return {
-            f.name: f.default if f.default is not dataclasses.MISSING else ...
-            for f in dataclasses.fields(self.cls)  # type: ignore[arg-type]
-        }
+        return {f.name: _default(f) for f in dataclasses.fields(self.cls)}  # type: ignore[arg-type]
+
+
+def _default(field: dataclasses.Field[Any]) -> object:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else ...
 
 
 def suggest(word: str, known: list[str]) -> str:

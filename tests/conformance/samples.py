@@ -1,7 +1,8 @@
 """Instances of the registered classes that the conformance suites try.
 
-A new format adds a line to ``FORMAT_SAMPLES``; a new solver adds (solver, format) pairs to
-``SOLVER_SAMPLES``. The suites themselves stay as they are.
+A method without an entry here is tried with its default options (a solver with the formats of its
+family), so a new file is covered at once; an entry in ``FORMAT_SAMPLES`` or ``SOLVER_SAMPLES``
+gives it harder cases.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ from typing import Any
 import pytest
 
 from rarefy.formats.base import FORMATS
+from rarefy.formats.floating import Float
 from rarefy.formats.integer import Int
+from rarefy.formats.low_rank import LowRank
+from rarefy.formats.sparse import Sparse
+from rarefy.solvers.asvd import ASVD
 from rarefy.solvers.base import SOLVERS
 from rarefy.solvers.gptq import GPTQ
 from rarefy.solvers.nearest import Nearest
+from rarefy.solvers.sparsegpt import SparseGPT
+from rarefy.solvers.svd_llm import Whitened
+from rarefy.solvers.wanda import Wanda
 
 _BF16 = {"scale_dtype": "bfloat16"}
 
@@ -31,28 +39,76 @@ FORMAT_SAMPLES: dict[str, list[Any]] = {
         Int(8, **_BF16),
         Int(8, symmetric=True, **_BF16),
     ],
+    "float": [Float("float16"), Float("bfloat16"), Float("float32")],
+    "sparse": [
+        Sparse(0.5),
+        Sparse(0.7, scope="matrix", values=Float("bfloat16")),
+        Sparse(0.55, scope="row", values=Int(4)),
+        Sparse(0.4, scope="matrix", values=Int(3, group=16)),
+        Sparse(0.0, values=Float("float32")),
+        Sparse(0.3, scope="free", values=Int(8, symmetric=True)),
+        Sparse(kept=2, of=4),
+        Sparse(kept=2, of=4, values=Int(4, group=16)),
+        Sparse(kept=1, of=4, values=Int(3, group=24, rule="mse", **_BF16)),
+        Sparse(kept=3, of=7, values=Float("bfloat16")),
+    ],
+    "low-rank": [LowRank(0.9), LowRank(0.8, dtype="bfloat16"), LowRank(rank=2, dtype="float32")],
 }
 
 _INT_TARGETS = (Int(4), Int(3, group=16), Int(2, group=24, symmetric=True, rule="mse"))
+_F32 = Float("float32")
+_SPARSE_TARGETS = (
+    Sparse(0.5, values=_F32),
+    Sparse(0.6, scope="matrix", values=_F32),
+    Sparse(kept=1, of=2, values=_F32),
+    Sparse(0.4, values=Int(4)),
+    Sparse(kept=1, of=2, values=Int(3, group=16)),
+)
+_THIN_TARGETS = (LowRank(0.6, dtype="float32"), LowRank(rank=3, dtype="float32"))
 
 SOLVER_SAMPLES: dict[str, list[tuple[Any, Any]]] = {
-    "nearest": [(Nearest(), fmt) for fmt in _INT_TARGETS],
+    "nearest": [
+        (Nearest(), fmt) for fmt in (*_INT_TARGETS, _F32, *_SPARSE_TARGETS, *_THIN_TARGETS)
+    ],
+    "wanda": [(Wanda(), fmt) for fmt in _SPARSE_TARGETS],
+    "sparsegpt": [(SparseGPT(), fmt) for fmt in (*_SPARSE_TARGETS, *_INT_TARGETS)],
+    "asvd": [(ASVD(), fmt) for fmt in _THIN_TARGETS],
+    "svd-llm": [(Whitened(), fmt) for fmt in _THIN_TARGETS],
     "gptq": [
         (GPTQ(activation_order=order, static_groups=static, block=7), fmt)
         for order in (False, True)
         for static in (False, True)
-        for fmt in _INT_TARGETS
+        for fmt in (*_INT_TARGETS, *_SPARSE_TARGETS)
     ],
 }
 
 
+_TARGETS_BY_FAMILY = {
+    "quantization": _INT_TARGETS,
+    "pruning": _SPARSE_TARGETS,
+    "low-rank": _THIN_TARGETS,
+}
+
+
+def samples(role: str, name: str) -> list[Any]:
+    """What is tried of a registered format or solver; empty when it has no defaults to try."""
+    table: dict[str, list[Any]] = {"format": FORMAT_SAMPLES, "solver": SOLVER_SAMPLES}[role]
+    if name in table:
+        return table[name]
+    card: Any = (FORMATS if role == "format" else SOLVERS).card(name)
+    if ... in card.options.values():
+        return []
+    if role == "format":
+        return [card.cls()]
+    return [(card.cls(), fmt) for fmt in _TARGETS_BY_FAMILY.get(card.family, _INT_TARGETS)]
+
+
 def require_samples(role: str, name: str) -> None:
     """Fail with the mend when a registered name is not tried."""
-    table = {"format": FORMAT_SAMPLES, "solver": SOLVER_SAMPLES}[role]
-    if not table.get(name):
+    if not samples(role, name):
         pytest.fail(
             f"add samples for the {role} {name!r} to {role.upper()}_SAMPLES in "
-            "tests/conformance/samples.py"
+            "tests/conformance/samples.py: an option of it has no default"
         )
 
 
@@ -69,15 +125,15 @@ def format_params() -> list[Any]:
     return [
         pytest.param(fmt, id=f"{fmt.label()} {i}")
         for name in registered_formats()
-        for i, fmt in enumerate(FORMAT_SAMPLES.get(name, ()))
+        for i, fmt in enumerate(samples("format", name))
     ]
 
 
-def solver_params(*, needs_gram: bool | None = None) -> list[Any]:
+def solver_params(*, calibrated: bool | None = None) -> list[Any]:
     """One pytest parameter (solver, format) for each sample of each registered solver."""
     return [
         pytest.param(solver, fmt, id=f"{name} {i} {fmt.label()}")
         for name in registered_solvers()
-        for i, (solver, fmt) in enumerate(SOLVER_SAMPLES.get(name, ()))
-        if needs_gram is None or solver.needs_gram == needs_gram
+        for i, (solver, fmt) in enumerate(samples("solver", name))
+        if calibrated is None or bool(solver.needs) == calibrated
     ]

@@ -20,6 +20,8 @@ from rarefy.checkpoint.resolve import resolve
 from rarefy.checkpoint.writer import Writer
 from rarefy.data import corpora
 from rarefy.data.tokens import calibration, check_vocabulary
+from rarefy.engine.absorb import run_transform
+from rarefy.engine.operate import run_surgery
 from rarefy.engine.skeleton import causal_config
 from rarefy.engine.stage import StageRun, Watcher, run_stage
 from rarefy.errors import RarefyError
@@ -28,6 +30,9 @@ from rarefy.recipe import load_recipe
 if TYPE_CHECKING:
     from rarefy.data.tokens import TokenSet
     from rarefy.recipe import Recipe
+
+
+_RUN = {"solver": run_stage, "transform": run_transform, "surgery": run_surgery}
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ def compress(
     for stage, folder in zip(plan.stages, [*folders, target], strict=True):
         if fresh or _finished(folder, key) is None:
             writer = Writer(folder, key, fresh=fresh)
-            run_stage(StageRun(source, stage, tokens, writer, watcher, default_device()), manifest)
+            run = StageRun(source, stage, tokens, writer, watcher, default_device())
+            _RUN[stage.role](run, manifest)
         source = Checkpoint(folder)
     for folder in folders:
         Writer.discard(folder)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Container
 
     from rarefy.engine.skeleton import Skeleton
+    from rarefy.formats.activation import Activation
     from rarefy.formats.base import Format
     from rarefy.recipe import Stage
 
@@ -25,12 +26,14 @@ class Selection:
     Attributes:
         blocks: for each block, node path -> format.
         outside: module name -> format, for the embedding and the head.
+        inputs: module name -> how its input is rounded while the model runs.
         kept: module name -> reason, for every matrix that is left alone.
         notes: remarks that a user should see before the run.
     """
 
     blocks: tuple[dict[str, Format], ...]
     outside: dict[str, Format]
+    inputs: dict[str, Activation]
     kept: dict[str, str]
     notes: tuple[str, ...]
 
@@ -44,47 +47,62 @@ def select(skeleton: Skeleton, stage: Stage) -> Selection:
     """
     kept: dict[str, str] = {}
     notes: dict[str, None] = {}
+    inputs: dict[str, Activation] = {}
     blocks = []
     for index, block in enumerate(skeleton.blocks):
         chosen: dict[str, Format] = {}
-        for node in skeleton.map.linears:
+        for node in skeleton.linears(index):
             name = skeleton.node_name(index, node)
-            fmt = stage.scheme_for(name, inside=True)
-            if fmt is None:
+            scheme = stage.scheme_for(name, inside=True)
+            if scheme is None:
                 kept[name] = "left alone by the recipe"
                 continue
-            chosen[node.path] = _fitted(skeleton, name, fmt, notes)
+            chosen[node.path] = _fitted(skeleton, name, scheme.weight, notes)
+            if scheme.input is not None:
+                inputs[name] = scheme.input
         blocks.append(chosen)
-        inside = {node.path for node in skeleton.map.linears}
+        inside = {node.path for node in skeleton.linears(index)}
         for path, module in block.named_modules():
             if path not in inside and isinstance(module, LINEARS):
                 kept[f"{skeleton.map.blocks}.{index}.{path}"] = "not in the model map (a router)"
     outside = {}
     for name in (skeleton.map.embedding, skeleton.map.head):
-        fmt = stage.scheme_for(name, inside=False)
-        if fmt is None:
+        scheme = stage.scheme_for(name, inside=False)
+        if scheme is None:
             kept[name] = "embeddings and head are left alone unless a pattern names them"
+        elif scheme.input is not None:
+            raise RarefyError(
+                f"{name} lies outside the decoder blocks, where inputs are not rounded; "
+                "leave its input out of the recipe"
+            )
+        elif scheme.weight.inner_width(*skeleton.shape(name)) is not None:
+            raise RarefyError(
+                f"{name} cannot be factorized: only the linears of decoder blocks can; "
+                "give it another format, or 'keep'"
+            )
         else:
-            outside[name] = _fitted(skeleton, name, fmt, notes)
+            outside[name] = _fitted(skeleton, name, scheme.weight, notes)
     if not outside and not any(blocks):
         raise RarefyError("no matrix of the model matches a pattern of the recipe's schemes")
-    return Selection(tuple(blocks), outside, kept, tuple(notes))
+    return Selection(tuple(blocks), outside, inputs, kept, tuple(notes))
 
 
 def _fitted(skeleton: Skeleton, name: str, fmt: Format, notes: dict[str, None]) -> Format:
     """Check a format against a matrix's shape and dress it for the checkpoint's dtype."""
-    if name in skeleton.earlier:
-        raise RarefyError(
-            f"{name} is stored as {skeleton.earlier[name].label()} already; "
-            "exclude it with 'keep', or start from the dense model"
-        )
-    _, columns = skeleton.shape(name)
+    earlier = skeleton.earlier.get(name)
+    if earlier is not None:
+        kept = earlier.carrying(fmt)
+        if kept is None:
+            raise RarefyError(
+                f"{name} is stored as {earlier.label()} already; "
+                "exclude it with 'keep', or start from the dense model"
+            )
+        fmt = kept
+    rows, columns = skeleton.shape(name)
+    misfit = fmt.misfit(rows, columns)
+    if misfit:
+        raise RarefyError(f"{name}: {misfit}")
     span = fmt.span
-    if span is not None and span > columns:
-        raise RarefyError(
-            f"a group of {span} is larger than the rows of {name} ({columns} columns); "
-            f"choose a group of at most {columns}, or null for one group a row"
-        )
     if span is not None and columns % span:
         notes[
             f"{span} does not divide the {columns} columns of {name.rsplit('.', 1)[-1]}: "

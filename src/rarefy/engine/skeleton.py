@@ -20,11 +20,13 @@ from rarefy.maps.catalogue import map_for
 from rarefy.maps.discover import longest_block_list
 from rarefy.maps.experts import split_experts
 from rarefy.maps.model_map import ModelMap, Node, dims_of
+from rarefy.runtime.factored import Factored, factorize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from rarefy.checkpoint.reader import Checkpoint
+    from rarefy.formats.activation import Activation
     from rarefy.formats.base import Format, Packed
 
 
@@ -49,6 +51,7 @@ class Skeleton:
     Args:
         checkpoint: the source of weights.
         device: where modules live while they are loaded.
+        factored: open factorized matrices into two linears; otherwise they are read as one.
 
     Attributes:
         model: the transformers module tree.
@@ -62,7 +65,9 @@ class Skeleton:
         RarefyError: transformers cannot build the architecture.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, *, factored: bool = True
+    ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.state = read_state(checkpoint.path)
@@ -85,6 +90,34 @@ class Skeleton:
             for block in self.blocks:
                 split_experts(block, self.map.experts)
         self.split = any(self.in_experts(name) for name in self.earlier)
+
+        self._factored: set[str] = set()
+        if factored:
+            self.open_factors()
+
+    def open_factors(self) -> None:
+        """Give every factorized matrix two linears in the module tree, and two nodes in its block.
+
+        Later stages then see the factors as ordinary linears, the second one reading the narrow
+        space between them.
+        """
+        for name, fmt in self.earlier.items():
+            if name in self._factored:
+                continue
+            rank = fmt.inner_width(*self.shape(name))
+            if rank is not None:
+                factorize(self.model, name, rank)
+                self._factored.add(name)
+
+    def nodes(self, block: int) -> ModelMap:
+        """The map of one block, in which each factorized linear is two."""
+        prefix = f"{self.map.blocks}.{block}."
+        paths = {name[len(prefix) :] for name in self._factored if name.startswith(prefix)}
+        return self.map.factored(paths) if paths else self.map
+
+    def linears(self, block: int) -> tuple[Node, ...]:
+        """The nodes of one block that a solver may compress, in order of execution."""
+        return self.nodes(block).linears
 
     def _unknown(self, blocks: str) -> ModelMap:
         """A map without nodes, to be completed by ``engine.capture.complete_map``."""
@@ -117,7 +150,14 @@ class Skeleton:
 
     def shape(self, name: str) -> tuple[int, int]:
         """[out, in] of a linear or embedding, by module-side name."""
+        parent, _, part = name.rpartition(".")
+        if parent in self.earlier and parent not in self._factored:  # one factor of a closed pair
+            rows, columns = self.shape(parent)
+            rank = self.earlier[parent].inner_width(rows, columns) or 0
+            return (rank, columns) if part == "first" else (rows, rank)
         module = self.model.get_submodule(name)
+        if isinstance(module, Factored):
+            return module.second.weight.shape[0], module.first.weight.shape[1]
         rows, columns = module.weight.shape
         return (columns, rows) if is_transposed(module) else (rows, columns)
 
@@ -157,12 +197,14 @@ class Skeleton:
         """Bytes in fp32 of the largest parameter of a block."""
         return max((4 * p.numel() for p in self.blocks[0].parameters()), default=0)
 
-    def stored_matrices(self, formats: Mapping[str, Format]) -> dict[str, Stored]:
+    def stored_matrices(
+        self, formats: Mapping[str, Format], inputs: Mapping[str, Activation]
+    ) -> dict[str, Stored]:
         """Compressed matrices as containers see them, from module-side name -> format."""
         found = {}
         for name, fmt in formats.items():
             plain = type(self.model.get_submodule(name)) is nn.Linear and not self.in_experts(name)
-            found[self.stored_name(name)] = Stored(fmt, self.shape(name), plain)
+            found[self.stored_name(name)] = Stored(fmt, self.shape(name), plain, inputs.get(name))
         return found
 
     def in_experts(self, name: str) -> bool:
@@ -191,14 +233,26 @@ class Skeleton:
 
     def packed(self, module: str) -> Packed:
         """The stored tensors of a matrix that an earlier stage compressed, by suffix."""
-        stored = next(
-            name
-            for name in (module, self.map.stored_name(module))
-            if f"{name}.weight_shape" in self.checkpoint
-        )
-        rows, columns = self.checkpoint.read(f"{stored}.weight_shape").tolist()
-        suffixes = self.earlier[module].layout(rows, columns)
-        return {suffix: self.checkpoint.read(f"{stored}.{suffix}") for suffix in suffixes}
+        suffixes = [*self.earlier[module].layout(*self.shape(module))]
+        found = {}
+        for suffix in (*suffixes, "input_scale"):
+            names = (module, self.map.stored_name(module))
+            stored = next((n for n in names if f"{n}.{suffix}" in self.checkpoint), None)
+            factor = f"{module}.{suffix.removesuffix('.weight')}"
+            if stored is not None:
+                found[suffix] = self.checkpoint.read(f"{stored}.{suffix}")
+            elif factor in self.earlier:  # a later stage compressed it on its own
+                found[suffix] = self.earlier[factor].decode(self.packed(factor))
+            elif suffix != "input_scale":
+                raise RarefyError(
+                    f"{self.checkpoint.path} lacks {module}.{suffix}; the checkpoint is incomplete"
+                )
+        return found
+
+    def support(self, module: str) -> torch.Tensor | None:
+        """Where a matrix may differ from zero, as an earlier stage imposed it: bool [m, n]."""
+        earlier = self.earlier.get(module)
+        return None if earlier is None else earlier.stored_support(self.packed(module))
 
     def _from_packed(self, name: str) -> torch.Tensor:
         """A matrix that an earlier stage compressed."""

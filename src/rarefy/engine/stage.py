@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rarefy.checkpoint.travel import travel
-from rarefy.checkpoint.writer import write_json
+from rarefy.allocate.base import ALLOCATORS
+from rarefy.engine.allocation import allocate
 from rarefy.engine.capture import capture_all, complete_map
-from rarefy.engine.close import account, write_config
+from rarefy.engine.close import account, close, history, write_config
 from rarefy.engine.select import select
 from rarefy.engine.skeleton import Skeleton, set_matrix
-from rarefy.engine.walk import BlockTask, NodeResult, advance, compress_block
-from rarefy.resources import peak_memory, return_freed_memory
-from rarefy.solvers.base import SOLVERS
+from rarefy.engine.walk import BlockTask, NodeResult, advance, compress_block, rounded_inputs
+from rarefy.recipe import describe, format_from
+from rarefy.resources import return_freed_memory
+from rarefy.solvers.base import Solver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import nn
 
     from rarefy.checkpoint.reader import Checkpoint
     from rarefy.checkpoint.writer import Writer
     from rarefy.data.tokens import TokenSet
     from rarefy.engine.capture import Batch
     from rarefy.engine.select import Selection
+    from rarefy.formats.activation import Activation
     from rarefy.recipe import Stage
 
 
@@ -52,7 +57,7 @@ class StageRun:
 
     Attributes:
         source: the checkpoint it reads.
-        stage: solver and scheme table.
+        stage: what is done to it.
         tokens: calibration rows, or None for a recipe without data.
         writer: the checkpoint it writes.
         watcher: receives remarks and progress.
@@ -84,22 +89,31 @@ def run_stage(run: StageRun, manifest: dict[str, Any]) -> None:
         run.watcher.say(note)
     if skeleton.widest >= _LARGE:
         return_freed_memory(_RETURNED)
+    if run.stage.allocator is not None:
+        chosen = allocate(run, skeleton, chosen)
     seconds = _walk(run, skeleton, chosen)
     if not run.writer.has("outside"):
         _outside(run, skeleton, chosen)
     parts = [f"{i:05d}" for i in range(len(skeleton.blocks))]
-    nodes = [node for part in [*parts, "outside"] for node in run.writer.notes(part)["nodes"]]
-    timings = {
-        "seconds": seconds["earlier"] + time.perf_counter() - start,
-        "timings": seconds | {"solve": sum(node.pop("seconds") for node in nodes)},
-        "peak_memory_bytes": peak_memory(),
-    }
-    folder = run.writer.folder
-    write_config(folder, skeleton, chosen)
-    write_json(folder / "manifest.json", manifest | account(skeleton, chosen, nodes))
-    write_json(folder / "timings.json", timings)
-    travel(run.source.path, folder)
+    nodes = [dict(node) for part in [*parts, "outside"] for node in run.writer.notes(part)["nodes"]]
+    solving = sum(node.pop("seconds") for node in nodes)
+    formats = {node["name"]: format_from(node.pop("stored")) for node in nodes}
+    write_config(run.writer.folder, skeleton, chosen, formats)
+    facts = account(skeleton, chosen, nodes) | {"history": history(run, _allocation(run))}
+    close(run, manifest | facts, start - seconds["earlier"], seconds | {"solve": solving})
     run.writer.finish(["outside", *parts])
+
+
+def _allocation(run: StageRun) -> dict[str, Any]:
+    """What the history says of the stage's allocator."""
+    allocator = run.stage.allocator
+    if allocator is None:
+        return {}
+    return {
+        "allocator": ALLOCATORS.name_of(allocator),
+        "allocator_options": dataclasses.asdict(allocator),  # type: ignore[call-overload]
+        "density": run.writer.notes("allocation"),
+    }
 
 
 def _walk(run: StageRun, skeleton: Skeleton, chosen: Selection) -> dict[str, float]:
@@ -111,7 +125,7 @@ def _walk(run: StageRun, skeleton: Skeleton, chosen: Selection) -> dict[str, flo
     start = time.perf_counter()
     batches: list[Batch] = []
     with torch.no_grad():
-        if run.tokens is not None and run.stage.solver.needs_gram:
+        if run.tokens is not None and run.stage.needs:
             batches = capture_all(skeleton, run.tokens.ids)
         captured = time.perf_counter() - start
         for index in range(count):
@@ -130,20 +144,52 @@ def _compress(
     start = time.perf_counter()
     name = f"{skeleton.map.blocks}.{index}"
     with skeleton.block(index) as module:
-        task = BlockTask(
-            name, index, module, skeleton.map.shared_inputs, chosen.blocks[index], run.stage.solver
-        )
+        task = _task(run, skeleton, chosen, index, module)
         compress_block(task, batches)
     results = {f"{name}.{path}": result for path, result in task.results.items()}
-    formats = {f"{name}.{path}": fmt for path, fmt in chosen.blocks[index].items()}
     tensors = untouched(skeleton, f"{name}.", set(results))
     nodes = []
     for node, result in results.items():
         stored = skeleton.stored_name(node)
         tensors |= {f"{stored}.{suffix}": tensor for suffix, tensor in result.packed.items()}
-        nodes.append(_entry(run, skeleton, node, formats[node].label(), result))
+        nodes.append(_entry(skeleton, node, result))
     notes = {"nodes": nodes, "seconds": time.perf_counter() - start}
     run.writer.add(f"{index:05d}", tensors, notes)
+
+
+def _task(
+    run: StageRun, skeleton: Skeleton, chosen: Selection, index: int, module: nn.Module
+) -> BlockTask:
+    """What is to be done to a loaded block."""
+    name = f"{skeleton.map.blocks}.{index}"
+    assert isinstance(run.stage.method, Solver)
+    supports = {path: skeleton.support(f"{name}.{path}") for path in chosen.blocks[index]}
+    return BlockTask(
+        name=name,
+        index=index,
+        module=module,
+        groups=skeleton.nodes(index).shared_inputs,
+        formats=chosen.blocks[index],
+        solver=run.stage.method,
+        needs=run.stage.needs,
+        inputs=_inputs(skeleton, chosen, index),
+        supports={
+            path: support.to(run.device)
+            for path, support in supports.items()
+            if support is not None
+        },
+    )
+
+
+def _inputs(skeleton: Skeleton, chosen: Selection, index: int) -> dict[str, Activation]:
+    """Node path -> rounding of its input, of one block, earlier stages' included."""
+    prefix = f"{skeleton.map.blocks}.{index}."
+    inputs = skeleton.state.inputs | chosen.inputs
+    return {
+        name[len(prefix) :]: activation
+        for name, activation in inputs.items()
+        if name.startswith(prefix)
+    }
 
 
 def _replay(
@@ -153,13 +199,23 @@ def _replay(
     if not batches:
         return
     stored = run.writer.read(f"{index:05d}")
+    prefix = f"{skeleton.map.blocks}.{index}."
+    formats = {
+        node["name"][len(prefix) :]: format_from(node["stored"])
+        for node in run.writer.notes(f"{index:05d}")["nodes"]
+    }
+    inputs = _inputs(skeleton, chosen, index)
+    scales = {}
     with skeleton.block(index) as module:
-        for path, fmt in chosen.blocks[index].items():
-            node = skeleton.stored_name(f"{skeleton.map.blocks}.{index}.{path}")
-            shape = stored[f"{node}.weight_shape"].tolist()
-            packed = {s: stored[f"{node}.{s}"] for s in fmt.layout(shape[0], shape[1])}
+        for path, fmt in formats.items():
+            node = skeleton.stored_name(f"{prefix}{path}")
+            suffixes = fmt.layout(*skeleton.shape(f"{prefix}{path}"))
+            packed = {suffix: stored[f"{node}.{suffix}"] for suffix in suffixes}
             set_matrix(module.get_submodule(path), fmt.decode(packed).to(run.device))
-        advance(module, index, batches)
+            if f"{node}.input_scale" in stored:
+                scales[path] = stored[f"{node}.input_scale"].to(run.device)
+        with rounded_inputs(module, inputs, scales):
+            advance(module, index, batches)
 
 
 def _outside(run: StageRun, skeleton: Skeleton, chosen: Selection) -> None:
@@ -171,11 +227,13 @@ def _outside(run: StageRun, skeleton: Skeleton, chosen: Selection) -> None:
         start = time.perf_counter()
         source = skeleton.map.embedding if skeleton.tied else name
         weight = skeleton.read(f"{source}.weight").float()
-        packed = fmt.fit(weight).encode(weight)
-        result = NodeResult(packed, None, 0, time.perf_counter() - start)
+        grid = fmt.fit(weight, support=skeleton.support(name))
+        packed = grid.encode(weight)
+        seconds = time.perf_counter() - start
+        result = NodeResult(packed, grid.form, "nearest", None, 0, seconds)
         stored = skeleton.stored_name(name)
         tensors |= {f"{stored}.{suffix}": tensor for suffix, tensor in packed.items()}
-        nodes.append(_entry(run, skeleton, name, fmt.label(), result))
+        nodes.append(_entry(skeleton, name, result))
     run.writer.add("outside", tensors, {"nodes": nodes, "seconds": 0.0})
 
 
@@ -204,18 +262,16 @@ def untouched(skeleton: Skeleton, prefix: str, compressed: set[str]) -> dict[str
     return tensors
 
 
-def _entry(
-    run: StageRun, skeleton: Skeleton, name: str, label: str, result: NodeResult
-) -> dict[str, Any]:
-    """What the manifest says of a compressed matrix."""
+def _entry(skeleton: Skeleton, name: str, result: NodeResult) -> dict[str, Any]:
+    """What the journal and the manifest say of a compressed matrix."""
     rows, columns = skeleton.shape(name)
     size = sum(tensor.nbytes for tensor in result.packed.values())
-    data_free = result.error is None
     return {
         "name": name,
         "kind": name.rsplit(".", 1)[-1],
-        "format": label,
-        "solver": "nearest" if data_free else SOLVERS.name_of(run.stage.solver),
+        "format": result.format.label(),
+        "stored": describe(result.format),
+        "solver": result.solver,
         "weights": rows * columns,
         "bytes": size,
         "bits": 8 * size / (rows * columns),

@@ -18,27 +18,31 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from greenlet import getcurrent, greenlet
 
-from rarefy.engine.gram import Gram
 from rarefy.engine.skeleton import matrix_of, set_matrix
 from rarefy.errors import RarefyError
 from rarefy.resources import return_unused_pages
-from rarefy.solvers.base import Problem, output_error
+from rarefy.solvers.base import SOLVERS, Problem, output_error
+from rarefy.solvers.nearest import Nearest
+from rarefy.statistics import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
 
     from rarefy.engine.capture import Batch
-    from rarefy.formats.base import Format, Packed
+    from rarefy.formats.activation import Activation
+    from rarefy.formats.base import Format, Grid, Packed
     from rarefy.maps.model_map import Node
     from rarefy.solvers.base import Solver
+    from rarefy.statistics import Moments
 
 
 @dataclass
@@ -47,6 +51,8 @@ class NodeResult:
 
     Attributes:
         packed: stored tensors by suffix.
+        format: what they are stored in.
+        solver: name of the solver.
         error: relative squared output error on the calibration inputs, None without data.
         tokens: calibration tokens that it saw.
         seconds: its share of the solve.
@@ -54,6 +60,8 @@ class NodeResult:
     """
 
     packed: Packed
+    format: Format
+    solver: str
     error: float | None
     tokens: int
     seconds: float
@@ -71,6 +79,13 @@ class BlockTask:
         groups: linears that share an input, in order of execution.
         formats: node path -> format; nodes that are absent are left alone.
         solver: solves each group.
+        needs: statistics to collect beside the solver's.
+        inputs: node path -> how its input is rounded.
+        supports: node path -> support that an earlier stage imposed, bool [m, n].
+
+    Working state:
+        results: node path -> what became of it.
+        scales: node path -> stored scale of its input's rounding.
     """
 
     name: str
@@ -79,11 +94,20 @@ class BlockTask:
     groups: tuple[tuple[Node, ...], ...]
     formats: dict[str, Format]
     solver: Solver
+    needs: frozenset[str] = frozenset()
+    inputs: dict[str, Activation] = field(default_factory=dict)
+    supports: dict[str, torch.Tensor] = field(default_factory=dict)
     results: dict[str, NodeResult] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def chosen(self, group: tuple[Node, ...]) -> list[Node]:
         """The group's nodes that are to be compressed."""
         return [node for node in group if node.path in self.formats]
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """What is collected of every group's input."""
+        return self.solver.needs | self.needs
 
     def linear(self, node: Node) -> nn.Module:
         """The module of a node."""
@@ -102,13 +126,43 @@ def compress_block(task: BlockTask, batches: list[Batch]) -> None:
         for group in groups:
             _solve_group(task, group, None)
         return
-    _Passes(task, batches, groups).run()
+    passes = _Passes(task, batches, groups)
+    with passes.hooked(), rounded_inputs(task.module, task.inputs, task.scales):
+        passes.run()
 
 
 def advance(module: nn.Module, index: int, batches: list[Batch]) -> None:
     """Move the batches to the output of a finished block."""
     for batch in batches:
         batch.hidden = batch.run(module, index)
+
+
+@contextmanager
+def rounded_inputs(
+    module: nn.Module, inputs: Mapping[str, Activation], scales: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Round the inputs of some linears of a block, as the stored model will do.
+
+    Args:
+        module: the block.
+        inputs: node path -> format.
+        scales: node path -> stored scale, of static formats; may be filled on the way.
+    """
+
+    def hook(
+        path: str,
+    ) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+        def enter(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (inputs[path].round(args[0], scales.get(path)), *args[1:])
+
+        return enter
+
+    handles = [module.get_submodule(path).register_forward_pre_hook(hook(path)) for path in inputs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Passes:
@@ -121,33 +175,37 @@ class _Passes:
         self.batches = batches
         self.groups = groups
         self.solved = 0  # groups before this one are done
-        self.grams: dict[int, Gram] = {}
+        self.statistics: dict[int, Collector] = {}
         self.walk = getcurrent()
 
-    def run(self) -> None:
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
         handles = [
             self.task.linear(node).register_forward_pre_hook(self._hook(number))
             for number, group in enumerate(self.groups)
             for node in self.task.chosen(group)
         ]
         try:
-            passes = [greenlet(self._forward) for _ in self.batches]
-            waiting = [-1] * len(passes)  # the group at which each pass is suspended
-            for number, group in enumerate(self.groups):
-                for i, one in enumerate(passes):
-                    # A pass that routes no token to this group's expert waits further on.
-                    if waiting[i] < number:
-                        waiting[i] = one.switch(self.batches[i]) if waiting[i] < 0 else one.switch()
-                _solve_group(self.task, group, self.grams.pop(number, None))
-                self.solved = number + 1
-            for i, one in enumerate(passes):
-                if waiting[i] < 0:
-                    one.switch(self.batches[i])
-                while not one.dead:
-                    one.switch()
+            yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def run(self) -> None:
+        passes = [greenlet(self._forward) for _ in self.batches]
+        waiting = [-1] * len(passes)  # the group at which each pass is suspended
+        for number, group in enumerate(self.groups):
+            for i, one in enumerate(passes):
+                # A pass that routes no token to this group's expert waits further on.
+                if waiting[i] < number:
+                    waiting[i] = one.switch(self.batches[i]) if waiting[i] < 0 else one.switch()
+            _solve_group(self.task, group, self.statistics.pop(number, None))
+            self.solved = number + 1
+        for i, one in enumerate(passes):
+            if waiting[i] < 0:
+                one.switch(self.batches[i])
+            while not one.dead:
+                one.switch()
 
     def _forward(self, batch: Batch) -> int:
         batch.hidden = batch.run(self.task.module, self.task.index)
@@ -160,56 +218,92 @@ class _Passes:
             if number < self.solved:
                 return
             x = args[0]
-            if number not in self.grams:
-                self.grams[number] = Gram(x.shape[-1], x.device)
-            self.grams[number].add(x)
+            if number not in self.statistics:
+                self.statistics[number] = Collector(self.task.statistics, x.shape[-1], x.device)
+            self.statistics[number].add(x)
             self.walk.switch(number)
 
         return enter
 
 
-def _solve_group(task: BlockTask, group: tuple[Node, ...], gram: Gram | None) -> None:
+def _solve_group(task: BlockTask, group: tuple[Node, ...], seen: Collector | None) -> None:
     """Solve the matrices that share an input; those of one format are stacked into one problem."""
     name = f"{task.name}.{group[0].path}"
-    H = gram.mean() if gram is not None else None
-    if H is not None and not bool(torch.isfinite(H.diagonal()).all()):
+    inputs = _Inputs() if seen is None else _Inputs(*seen.result(), seen.tokens)
+    if seen is not None and not seen.finite():
         raise RarefyError(
             f"the input of {name} is NaN or infinite on the calibration text; "
             "check the model with `rarefy evaluate`, or its config, before compressing it"
         )
-    stacks: dict[Format, list[Node]] = defaultdict(list)
-    for node in task.chosen(group):
-        stacks[task.formats[node.path]].append(node)
-    for fmt, nodes in stacks.items():
-        _solve_stack(task, fmt, nodes, (H, gram.tokens if gram else 0))
+    return_unused_pages()
+    stacks: dict[tuple[Format, int], list[Node]] = defaultdict(list)
+    for number, node in enumerate(task.chosen(group)):
+        fmt = task.formats[node.path]
+        stacks[fmt, 0 if fmt.rows_independent else number].append(node)
+    for (fmt, _), nodes in stacks.items():
+        _solve_stack(task, fmt, nodes, inputs)
     return_unused_pages()
 
 
-def _solve_stack(
-    task: BlockTask,
-    fmt: Format,
-    nodes: list[Node],
-    inputs: tuple[torch.Tensor | None, int],
-) -> None:
-    H, tokens = inputs
+@dataclass(frozen=True)
+class _Inputs:
+    """What was seen of a group's input."""
+
+    gram: torch.Tensor | None = None
+    moments: Moments | None = None
+    tokens: int = 0
+
+
+def _solve_stack(task: BlockTask, fmt: Format, nodes: list[Node], inputs: _Inputs) -> None:
     start = time.perf_counter()
-    linears = [task.linear(node) for node in nodes]
-    stacked = torch.cat([matrix_of(linear) for linear in linears])
-    name = f"{task.name}.({', '.join(node.path for node in nodes)})"
-    if H is None and task.solver.needs_gram:
+    problem = _problem(task, nodes, inputs)
+    solver: Solver = task.solver
+    fallback: tuple[str, ...] = ()
+    if task.statistics and not inputs.tokens:
         # Only an expert that no token was routed to can get here.
-        grid = fmt.fit(stacked)
-        weight = grid.round(stacked)
-        notes: tuple[str, ...] = (f"{name} saw no calibration token; it was rounded to nearest",)
-    else:
-        solution = task.solver.solve(Problem(name, stacked, H), fmt)
-        weight, grid, notes = solution.weight, solution.grid, solution.notes
+        solver = Nearest()
+        fallback = (f"{problem.name} saw no calibration token; it was rounded to nearest",)
+    solution = solver.solve(problem, fmt)
     seconds = (time.perf_counter() - start) / len(nodes)
     first = 0
-    for node, linear in zip(nodes, linears, strict=True):
+    for node in nodes:
+        linear = task.linear(node)
         rows = slice(first, first + matrix_of(linear).shape[0])
         first = rows.stop
-        error = output_error(stacked[rows], weight[rows], H) if H is not None else None
-        packed = grid.rows(rows.start, rows.stop).encode(weight[rows])
-        task.results[node.path] = NodeResult(packed, error, tokens, seconds, notes)
-        set_matrix(linear, weight[rows])
+        W, Q, H = problem.weight[rows], solution.weight[rows], inputs.gram
+        grid: Grid = solution.grid
+        if len(nodes) > 1:
+            grid = grid.rows(rows.start, rows.stop)
+        task.results[node.path] = NodeResult(
+            packed=grid.encode(Q) | _input_scale(task, node, inputs),
+            format=grid.form,
+            solver=SOLVERS.name_of(solver),
+            error=output_error(W, Q, H) if H is not None else None,
+            tokens=inputs.tokens,
+            seconds=seconds,
+            notes=(*fallback, *solution.notes),
+        )
+        set_matrix(linear, Q)
+
+
+def _problem(task: BlockTask, nodes: list[Node], inputs: _Inputs) -> Problem:
+    """The matrices of some nodes, stacked by rows, with what was seen of their input."""
+    supports = [task.supports.get(node.path) for node in nodes]
+    given = [support for support in supports if support is not None]
+    return Problem(
+        name=f"{task.name}.({', '.join(node.path for node in nodes)})",
+        weight=torch.cat([matrix_of(task.linear(node)) for node in nodes]),
+        gram=inputs.gram,
+        moments=inputs.moments,
+        support=torch.cat(given) if given else None,
+    )
+
+
+def _input_scale(task: BlockTask, node: Node, inputs: _Inputs) -> Packed:
+    """The stored scale of a statically rounded input; from now on the passes use it."""
+    activation = task.inputs.get(node.path)
+    if activation is None or not activation.static:
+        return {}
+    assert inputs.moments is not None
+    task.scales[node.path] = activation.scale(inputs.moments.peak)
+    return {"input_scale": task.scales[node.path].cpu()}

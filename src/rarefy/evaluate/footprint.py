@@ -3,7 +3,8 @@
 Only safetensors headers are read (plus the two integers of each ``weight_shape``), so a folder
 of any size takes milliseconds. A packed linear ``X`` is stored as ``X.weight_packed``,
 ``X.weight_scale``, ``X.weight_zero_point`` and ``X.weight_shape`` and counts as the weights it
-stands for; everything that belongs to it, scales included, counts as its bytes.
+stands for; everything that belongs to it, scales and the places of sparse values included, counts
+as its bytes. Two thin factors, ``X.first`` and ``X.second``, count as the matrix X.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "embed_positions")
 _HEADS = ("lm_head", "embed_out")
+_PACKED = (".weight_scale", ".weight_packed", ".weight_values", ".weight_shape")
 
 
 @dataclass(frozen=True)
@@ -148,36 +150,49 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
 
 def _parts(header: dict[str, dict[str, Any]]) -> list[Part]:
     """Group the tensors of all shards into parts."""
-    leaves = (".weight_scale", ".weight_packed")
-    compressed = {name.rpartition(".")[0] for name in header if name.endswith(leaves)}
+    compressed = {name.rpartition(".")[0] for name in header if name.endswith(_PACKED)}
     stored: dict[str, int] = {}
-    weights: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, entry in header.items():
         module, _, leaf = name.rpartition(".")
-        mine = module in compressed and leaf.startswith("weight")
+        mine = module in compressed and leaf.startswith(("weight", "input_scale"))
         key = f"{module}.weight" if mine else name
         begin, end = entry["data_offsets"]
         stored[key] = stored.get(key, 0) + end - begin
         if leaf == "weight_shape" and mine:
-            weights[key] = _product(entry["file"], name)
+            shapes[key] = _shape(entry["file"], name)
         elif key == name:
-            weights[key] = math.prod(entry["shape"])
-    ranks = {name: len(entry["shape"]) for name, entry in header.items()}
+            shapes[key] = tuple(entry["shape"])
+    factored = _join_factors(stored, shapes)
     return [
         Part(
             name=key,
-            kind=_kind(key, ranks.get(key, 2)),
-            weights=weights.get(key, 0),
+            kind=_kind(key, len(shapes.get(key, (0, 0)))),
+            weights=math.prod(shapes.get(key, (0,))),
             bytes=stored[key],
-            compressed=key.removesuffix(".weight") in compressed and key.endswith(".weight"),
+            compressed=key in factored
+            or (key.removesuffix(".weight") in compressed and key.endswith(".weight")),
         )
         for key in stored
     ]
 
 
-def _product(file: Path, name: str) -> int:
+def _join_factors(stored: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> set[str]:
+    """Count two thin factors, in place, as the one matrix that they stand for; return those."""
+    found = set()
+    for first in [name for name in stored if name.endswith(".first.weight")]:
+        parent = first.removesuffix(".first.weight")
+        second, whole = f"{parent}.second.weight", f"{parent}.weight"
+        if second in stored:
+            stored[whole] = stored.pop(first) + stored.pop(second)
+            shapes[whole] = (shapes.pop(second)[0], shapes.pop(first)[1])
+            found.add(whole)
+    return found
+
+
+def _shape(file: Path, name: str) -> tuple[int, ...]:
     with safe_open(file, framework="numpy") as reader:
-        return math.prod(int(size) for size in reader.get_tensor(name))
+        return tuple(int(size) for size in reader.get_tensor(name))
 
 
 def _kind(name: str, rank: int) -> str:

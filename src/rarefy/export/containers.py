@@ -22,6 +22,7 @@ from rarefy.recipe import describe
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from rarefy.formats.activation import Activation
     from rarefy.formats.base import Format
 
 _PACK_BITS = (2, 4, 8)
@@ -34,11 +35,13 @@ class Stored:
     Attributes:
         fmt: its format. shape: [out, in].
         plain: whether it is the weight of an ordinary ``nn.Linear`` of the stock model.
+        input: how its input is rounded, if it is.
     """
 
     fmt: Format
     shape: tuple[int, int]
     plain: bool
+    input: Activation | None = None
 
 
 def obstacle(nodes: Mapping[str, Stored]) -> str | None:
@@ -49,6 +52,8 @@ def obstacle(nodes: Mapping[str, Stored]) -> str | None:
         fmt = node.fmt
         if not isinstance(fmt, Int) or fmt.bits not in _PACK_BITS:
             return f"{name} is {fmt.label()}, and only 2, 4 and 8 bits are portable"
+        if node.input is not None:
+            return f"the input of {name} is rounded ({node.input.label()})"
         if not node.plain:
             return f"{name} is not the weight of a plain linear layer"
         if fmt.group is not None and node.shape[1] % fmt.group:
@@ -63,13 +68,17 @@ def quantization_config(nodes: Mapping[str, Stored], dense: Sequence[str]) -> di
         nodes: stored module name -> compressed matrix.
         dense: stored names of the linears that stay dense.
     """
-    by_format: dict[Format, list[str]] = defaultdict(list)
+    by_scheme: dict[tuple[Format, Activation | None], list[str]] = defaultdict(list)
     for name, node in nodes.items():
-        by_format[node.fmt].append(name)
+        by_scheme[node.fmt, node.input].append(name)
     if obstacle(nodes) is not None:
-        groups = [{"scheme": describe(f), "modules": names} for f, names in by_format.items()]
+        groups = [
+            {"scheme": describe(fmt), "modules": names}
+            | ({} if rounding is None else {"input": describe(rounding)})
+            for (fmt, rounding), names in by_scheme.items()
+        ]
         return {"quant_method": "rarefy", "version": 1, "groups": groups}
-    [fmt] = by_format
+    [(fmt, _)] = by_scheme
     assert isinstance(fmt, Int)
     group = {
         "targets": ["Linear"],

@@ -37,7 +37,7 @@ def export_dense(directory: Path, out: Path, dtype: str | None = None) -> None:
         raise RarefyError(f"there is no folder {directory}; give one that rarefy compress made")
     if dtype is not None and dtype not in _NAMES.values():
         raise RarefyError(f"there is no export dtype {dtype!r}{suggest(dtype, [*_NAMES.values()])}")
-    skeleton = Skeleton(Checkpoint(directory), torch.device("cpu"))
+    skeleton = Skeleton(Checkpoint(directory), torch.device("cpu"), factored=False)
     if not skeleton.earlier:
         raise RarefyError(
             f"{directory} holds no matrix that rarefy compressed; it is dense already"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 
 import torch
 
+from rarefy.errors import RarefyError
 from rarefy.registry import Registry
 
 if TYPE_CHECKING:
@@ -22,7 +23,13 @@ Packed: TypeAlias = dict[str, torch.Tensor]
 
 
 class Grid(ABC):
-    """The set of values that a fitted matrix may take."""
+    """The set of values that a fitted matrix may take.
+
+    Attributes:
+        form: the format as it is to be recorded with the stored matrix.
+    """
+
+    form: Format
 
     @abstractmethod
     def round(self, columns: torch.Tensor, at: int = 0) -> torch.Tensor:
@@ -49,9 +56,35 @@ class Grid(ABC):
     def join(cls, grids: Sequence[Self]) -> Self:
         """One grid from grids of neighbouring column spans, in order."""
 
+    @property
+    def support(self) -> torch.Tensor | None:
+        """Where values may differ from zero, bool [m, n]; None when everywhere."""
+        return None
+
+    def within(self, support: torch.Tensor) -> Self:
+        """The same grid with another support, bool [m, n]; only sparse sets have one."""
+        raise NotImplementedError(f"{type(self).__name__} has no support")
+
 
 class Format(ABC):
-    """A set of matrices; subclasses are frozen dataclasses whose fields are the options."""
+    """A set of matrices; subclasses are frozen dataclasses whose fields are the options.
+
+    Attributes:
+        rows_independent: a row's grid does not depend on the other rows, so that matrices may be
+            stacked.
+        spans_independent: nor does the grid of a span of columns on the other spans.
+        chunk: columns whose support a sweep has to choose together; None when there is nothing
+            to choose.
+        pattern: neighbouring columns that always hold the same number of non-zeros (M of N:M);
+            None when there is no pattern.
+        density: share of the weights that may differ from zero.
+    """
+
+    rows_independent: bool = True
+    spans_independent: bool = True
+    chunk: int | None = None
+    pattern: int | None = None
+    density: float = 1.0
 
     @property
     @abstractmethod
@@ -59,13 +92,70 @@ class Format(ABC):
         """Columns that share one independent grid; None when all columns do."""
 
     @abstractmethod
-    def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> Grid:
-        """Choose a grid for a matrix.
+    def fit(
+        self,
+        weight: torch.Tensor,
+        importance: torch.Tensor | None = None,
+        support: torch.Tensor | None = None,
+    ) -> Grid:
+        """Choose a grid for a matrix, so that ``round`` loses little.
 
         Args:
             weight: float [m, n].
-            importance: non-negative weight of each column's squared error, float [n].
+            importance: metric of the loss: non-negative weight of each column's squared error,
+                [n], or the Gram matrix ``E[x x^T]`` of the inputs, [n, n]. Formats that know only
+                the former use the diagonal of the latter.
+            support: where values may differ from zero, bool [m, n], if an earlier stage or a
+                solver has decided; sets that are not sparse ignore it.
         """
+
+    def choose(
+        self,
+        columns: torch.Tensor,
+        at: int,
+        importance: torch.Tensor,
+        support: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Choose the support of one chunk in the middle of a sweep.
+
+        Args:
+            columns: float [m, k], the live columns ``at .. at + k``.
+            at: index of the first of these columns.
+            importance: weight of each column's squared error, [k].
+            support: bool [m, k], an upper bound imposed by an earlier stage.
+
+        Returns:
+            bool [m, k].
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no support to choose")
+
+    def misfit(self, rows: int, columns: int) -> str:
+        """Why an [m, n] matrix cannot be stored in this format; empty if it can."""
+        return ""
+
+    def with_density(self, density: float) -> Self:
+        """The format with another budget, for allocators.
+
+        Raises:
+            RarefyError: the format has no such budget.
+        """
+        raise RarefyError(f"{self.label()} has no budget that could differ from layer to layer")
+
+    def carrying(self, values: Format) -> Format | None:
+        """The set that keeps this one's structure and takes the other's values.
+
+        A stage that meets a matrix in this format imposes the structure on its own format so.
+        None when there is no structure to keep.
+        """
+        return None
+
+    def stored_support(self, packed: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """The support of a stored matrix, bool [m, n]; None when it has none."""
+        return None
+
+    def inner_width(self, rows: int, columns: int) -> int | None:
+        """Width k of the space between two thin factors [m, k] [k, n]; None for one matrix."""
+        return None
 
     @abstractmethod
     def decode(
@@ -89,6 +179,67 @@ class Format(ABC):
     @abstractmethod
     def label(self) -> str:
         """Short name for tables: ``int4 g64``."""
+
+
+class ElementGrid(Grid):
+    """A grid that writes every weight as one code, beside parameters such as scales."""
+
+    @abstractmethod
+    def codes(self, weight: torch.Tensor) -> torch.Tensor:
+        """Codes of ``round(weight)``, integers [m, n]."""
+
+    @abstractmethod
+    def parameters(self) -> Packed:
+        """Stored tensors beside the codes, by suffix."""
+
+
+class ElementFormat(Format):
+    """A format of one code a weight, so that a sparse set can store the codes of its support."""
+
+    @abstractmethod
+    def fit(
+        self,
+        weight: torch.Tensor,
+        importance: torch.Tensor | None = None,
+        support: torch.Tensor | None = None,
+    ) -> ElementGrid:
+        """Choose a grid; see :meth:`Format.fit`."""
+
+    @abstractmethod
+    def store(self, codes: torch.Tensor) -> torch.Tensor:
+        """Stored tensor of a stream of codes [k]."""
+
+    @abstractmethod
+    def restore(self, stored: torch.Tensor, count: int) -> torch.Tensor:
+        """Codes [count] of a stored stream."""
+
+    @abstractmethod
+    def values(
+        self,
+        codes: torch.Tensor,
+        parameters: Mapping[str, torch.Tensor],
+        rows: slice | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Float32 values of codes.
+
+        Args:
+            codes: [r, n].
+            parameters: by suffix, of the whole matrix; ``weight_shape`` among them.
+            rows: which rows of the matrix the codes belong to; None for all.
+        """
+
+    @abstractmethod
+    def stream_layout(self, count: int) -> tuple[tuple[int, ...], str]:
+        """Shape and safetensors dtype name of a stored stream of ``count`` codes."""
+
+    @abstractmethod
+    def parameter_layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Stored tensors beside the codes, as :meth:`Format.layout` gives them."""
+
+
+def column_weights(importance: torch.Tensor | None) -> torch.Tensor | None:
+    """The weight of each column's squared error [n] from a metric, [n] or [n, n]."""
+    return importance.diagonal() if importance is not None and importance.ndim == 2 else importance
 
 
 FORMATS: Registry[Format] = Registry("format", Format, "rarefy.formats")  # type: ignore[type-abstract]

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from rarefy.errors import RarefyError
-from rarefy.formats.base import FORMATS, Format, Grid, Packed, strips
+from rarefy.formats.base import (
+    FORMATS,
+    ElementFormat,
+    ElementGrid,
+    Packed,
+    column_weights,
+    strips,
+)
 from rarefy.formats.packing import pack, unpack, words_per_row
 from rarefy.rules import ranges
 
@@ -34,7 +41,7 @@ _LARGE = 1 << 21  # elements above which a matrix is rounded in strips
 
 
 @dataclass(frozen=True)
-class IntGrid(Grid):
+class IntGrid(ElementGrid):
     """Scale and zero of every group.
 
     Attributes:
@@ -71,18 +78,22 @@ class IntGrid(Grid):
 
     def encode(self, weight: torch.Tensor) -> Packed:
         """Codes [m, words] along columns, scales [m, G], zeros packed along rows [words, G]."""
-        bits = self.form.bits
         packed = [
-            pack(self.rows(p.start, p.stop)._codes(weight[p], 0).to(torch.int64), bits)
+            pack(self.rows(p.start, p.stop).codes(weight[p]), self.form.bits)
             for p in strips(*weight.shape)
         ]
-        tensors = {
-            "weight_packed": torch.cat(packed),
-            "weight_scale": self.scale.to(_TORCH[self.form.scale_dtype]),
-            "weight_shape": torch.tensor(list(weight.shape), dtype=torch.int64),
-        }
+        shape = torch.tensor(list(weight.shape), dtype=torch.int64)
+        return {"weight_packed": torch.cat(packed)} | self.parameters() | {"weight_shape": shape}
+
+    def codes(self, weight: torch.Tensor) -> torch.Tensor:
+        """int64 [m, n]."""
+        return self._codes(weight, 0).to(torch.int64)
+
+    def parameters(self) -> Packed:
+        """Scales and, unless symmetric, zero points."""
+        tensors = {"weight_scale": self.scale.to(_TORCH[self.form.scale_dtype])}
         if not self.form.symmetric:
-            zeros = pack(self.zero.T.to(torch.int64), bits).T
+            zeros = pack(self.zero.T.to(torch.int64), self.form.bits).T
             tensors["weight_zero_point"] = zeros.contiguous()
         return tensors
 
@@ -99,7 +110,7 @@ class IntGrid(Grid):
 
 @FORMATS.register("int", family="quantization")
 @dataclass(frozen=True)
-class Int(Format):
+class Int(ElementFormat):
     """Integer codes with a scale (and a zero point) per row or group of columns.
 
     Attributes:
@@ -143,8 +154,23 @@ class Int(Format):
         """Number of groups of a row of that many columns."""
         return -(-columns // self.group) if self.group else 1
 
-    def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> IntGrid:
+    def misfit(self, rows: int, columns: int) -> str:
+        """A group may not be larger than a row."""
+        if self.group is None or self.group <= columns:
+            return ""
+        return (
+            f"a group of {self.group} is larger than rows of {columns} columns; choose a group of "
+            f"at most {columns}, or null for one group a row"
+        )
+
+    def fit(
+        self,
+        weight: torch.Tensor,
+        importance: torch.Tensor | None = None,
+        support: torch.Tensor | None = None,
+    ) -> IntGrid:
         """Choose each group's range by the rule; see :meth:`Format.fit`."""
+        importance = column_weights(importance)
         pieces = [self._range(weight[rows], importance) for rows in strips(*weight.shape)]
         lo, hi = (torch.cat(ends) for ends in zip(*pieces, strict=True))
         return self._grid((lo, hi))
@@ -193,33 +219,62 @@ class Int(Format):
         self, packed: Mapping[str, torch.Tensor], rows: slice | torch.Tensor | None = None
     ) -> torch.Tensor:
         """Float32 [m, n]; the same arithmetic as ``round``, hence the same bits."""
-        count, columns = (int(x) for x in packed["weight_shape"])
+        columns = int(packed["weight_shape"][1])
         wanted = slice(None) if rows is None else rows
-        scale = packed["weight_scale"][wanted].float()
+        return self.values(
+            unpack(packed["weight_packed"][wanted], self.bits, columns), packed, rows
+        )
+
+    def values(
+        self,
+        codes: torch.Tensor,
+        parameters: Mapping[str, torch.Tensor],
+        rows: slice | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``scale (code - zero)`` in the stored type; see :meth:`ElementFormat.values`."""
+        count, columns = (int(x) for x in parameters["weight_shape"])
+        wanted = slice(None) if rows is None else rows
+        scale = parameters["weight_scale"][wanted].float()
         zero = torch.full_like(scale, 1 << (self.bits - 1))
         if not self.symmetric:
-            zeros = packed["weight_zero_point"]
+            zeros = parameters["weight_zero_point"]
             zero = unpack(zeros.T.contiguous(), self.bits, count).T[wanted].float()
-        codes = unpack(packed["weight_packed"][wanted], self.bits, columns).float()
+        groups = codes.float()
         pad = self.groups(columns) * (self.group or columns) - columns
         if pad:
-            codes = torch.nn.functional.pad(codes, (0, pad))
-        groups = codes.reshape(*scale.shape, -1)
+            groups = torch.nn.functional.pad(groups, (0, pad))
+        groups = groups.reshape(*scale.shape, -1)
         groups.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
         values = groups.reshape(scale.shape[0], -1)[:, :columns]
         return values.to(_TORCH[self.scale_dtype]).float()
 
-    def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Stored tensors; see :meth:`Format.layout`."""
+    def store(self, codes: torch.Tensor) -> torch.Tensor:
+        """int32 words of the bit stream."""
+        return pack(codes, self.bits)
+
+    def restore(self, stored: torch.Tensor, count: int) -> torch.Tensor:
+        """uint8 [count]."""
+        return unpack(stored, self.bits, count)
+
+    def stream_layout(self, count: int) -> tuple[tuple[int, ...], str]:
+        """Words of the bit stream."""
+        return (words_per_row(count, self.bits),), "I32"
+
+    def parameter_layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Scales and, unless symmetric, zero points."""
         count = self.groups(columns)
         tensors: dict[str, tuple[tuple[int, ...], str]] = {
-            "weight_packed": ((rows, words_per_row(columns, self.bits)), "I32"),
             "weight_scale": ((rows, count), _STORED[self.scale_dtype]),
-            "weight_shape": ((2,), "I64"),
         }
         if not self.symmetric:
             tensors["weight_zero_point"] = ((words_per_row(rows, self.bits), count), "I32")
         return tensors
+
+    def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Stored tensors; see :meth:`Format.layout`."""
+        packed = ((rows, words_per_row(columns, self.bits)), "I32")
+        parameters = self.parameter_layout(rows, columns)
+        return {"weight_packed": packed} | parameters | {"weight_shape": ((2,), "I64")}
 
     def for_dtype(self, dtype: str) -> Self:
         """Scales in bfloat16 in a bfloat16 checkpoint, in float16 in any other."""

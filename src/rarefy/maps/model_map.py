@@ -194,6 +194,20 @@ class ModelMap:
             edges=tuple(unroll(self.edges, "name")),
         )
 
+    def factored(self, paths: set[str]) -> ModelMap:
+        """Return the map with each linear at ``paths`` in two: first [k, n], then second [m, k]."""
+        nodes: list[Node] = []
+        edges = list(self.edges)
+        for node in self.nodes:
+            if node.path not in paths:
+                nodes.append(node)
+                continue
+            inner = Edge(f"{node.path}.inner", "unknown")
+            edges.append(inner)
+            nodes.append(Node(f"{node.path}.first", node.reads, (inner.name,)))
+            nodes.append(replace(node, path=f"{node.path}.second", reads=inner.name, kind="linear"))
+        return replace(self, nodes=tuple(nodes), edges=tuple(edges))
+
     def stored_name(self, name: str, *, split: bool = False) -> str:
         """Translate a module's or parameter's full name into its name in the checkpoint.
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 if TYPE_CHECKING:
+    from rarefy.formats.activation import Activation
     from rarefy.formats.base import Format, Packed
 
 # Rows are decoded in strips of about this many weights, so a vocabulary-sized head stays cheap.
@@ -64,11 +65,28 @@ class PackedMatrix(nn.Module):
 
 
 class PackedLinear(PackedMatrix):
-    """``y = x W^T + b`` from a packed W; stands in for nn.Linear and for GPT-2's Conv1D."""
+    """``y = x W^T + b`` from a packed W; stands in for nn.Linear and for GPT-2's Conv1D.
 
-    def __init__(self, fmt: Format, shape: tuple[int, int], bias: nn.Parameter | None) -> None:
+    Args:
+        fmt, shape: see :class:`PackedMatrix`.
+        bias: b, or None.
+        rounding: how x is rounded first, if it is.
+    """
+
+    input_scale: torch.Tensor | None
+
+    def __init__(
+        self,
+        fmt: Format,
+        shape: tuple[int, int],
+        bias: nn.Parameter | None,
+        rounding: Activation | None = None,
+    ) -> None:
         super().__init__(fmt, shape)
         self.bias = bias
+        self.rounding = rounding
+        scale = torch.empty(1, device="meta") if rounding is not None and rounding.static else None
+        self.register_buffer("input_scale", scale)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -77,6 +95,8 @@ class PackedLinear(PackedMatrix):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n] -> [..., m]."""
+        if self.rounding is not None:
+            x = self.rounding.round(x, self.input_scale)
         y = self.product(x)
         return y if self.bias is None else y + self.bias
 

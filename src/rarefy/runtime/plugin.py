@@ -7,10 +7,11 @@ transformers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import (
     HfQuantizer,
     register_quantization_config,
@@ -23,8 +24,13 @@ from rarefy.errors import RarefyError
 from rarefy.maps.catalogue import map_for
 from rarefy.maps.experts import split_experts
 from rarefy.maps.model_map import ModelMap, dims_of
-from rarefy.recipe import format_from
+from rarefy.recipe import activation_from, format_from
+from rarefy.runtime.factored import factorize
 from rarefy.runtime.packed import PackedEmbedding, PackedLinear, TiedHead
+
+if TYPE_CHECKING:
+    from rarefy.formats.activation import Activation
+    from rarefy.formats.base import Format
 
 _VERSION = 1
 
@@ -34,7 +40,8 @@ class RarefyConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Attributes:
         version: of the container.
-        groups: [{"scheme": format as plain data, "modules": stored module names}, ...].
+        groups: [{"scheme": format as plain data, "modules": stored module names}, ...], with
+            "input", an activation format as plain data, where inputs are rounded.
     """
 
     def __init__(self, version: int = _VERSION, groups: Any = (), **_: Any) -> None:
@@ -61,25 +68,16 @@ class RarefyQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        stored = {
-            name: format_from(group["scheme"])
-            for group in self.quantization_config.groups
-            for name in group["modules"]
-        }
+        groups = self.quantization_config.groups
+        stored = {name: group for group in groups for name in group["modules"]}
         names = _module_names(model, set(stored))
-        for where, fmt in stored.items():
-            name = names[where]
-            module = model.get_submodule(name)
-            rows, columns = module.weight.shape
-            packed: nn.Module
-            if isinstance(module, nn.Embedding):
-                # Gemma's ``embed_scale`` is a buffer, which has no value on the meta device.
-                factor = getattr(module, "scalar_embed_scale", None)
-                packed = PackedEmbedding(fmt, (rows, columns), factor)
-            else:
-                shape = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
-                packed = PackedLinear(fmt, shape, module.bias)
-            model.set_submodule(name, packed)
+        # Factors are modules of their own, which must be there before one of them is packed.
+        for where in sorted(stored, key=lambda name: name.count(".")):
+            group = stored[where]
+            fmt = format_from(group["scheme"])
+            rounding = activation_from(group["input"]) if "input" in group else None
+            # A factor's name is known only once its parent has been opened.
+            _replace(model, names.get(where, where), fmt, rounding)
         _mend_ties(model)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
@@ -101,6 +99,23 @@ class RarefyQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Codes have no gradient."""
         return False
+
+
+def _replace(model: Any, name: str, fmt: Format, rounding: Activation | None) -> None:
+    """Put a module that executes the stored matrix in the place of a dense one."""
+    module = model.get_submodule(name)
+    rows, columns = module.weight.shape
+    if isinstance(module, nn.Embedding):
+        # Gemma's ``embed_scale`` is a buffer, which has no value on the meta device.
+        factor = getattr(module, "scalar_embed_scale", None)
+        model.set_submodule(name, PackedEmbedding(fmt, (rows, columns), factor))
+        return
+    shape = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    rank = fmt.inner_width(*shape)
+    if rank is not None:
+        factorize(model, name, rank)
+    else:
+        model.set_submodule(name, PackedLinear(fmt, shape, module.bias, rounding))
 
 
 def _module_names(model: Any, stored: set[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from rarefy.registry import Registry
 
 if TYPE_CHECKING:
     from rarefy.formats.base import Format, Grid
+    from rarefy.statistics import Moments
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,16 @@ class Problem:
         name: for messages.
         weight: float [m, n]. Matrices that read the same input may be stacked by rows.
         gram: mean outer product of the inputs, ``E[x x^T]``, float [n, n], or None.
+        moments: per-channel moments of the inputs, or None.
+        support: where the result may differ from zero, bool [m, n], as an earlier stage imposed
+            it; None when everywhere.
     """
 
     name: str
     weight: torch.Tensor
     gram: torch.Tensor | None = None
+    moments: Moments | None = None
+    support: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,11 @@ class Solver(ABC):
     """Finds a good member of a format; subclasses are frozen dataclasses.
 
     Attributes:
-        needs_gram: whether ``Problem.gram`` must be given (then calibration data is needed).
+        needs: which of "gram" and "moments" ``Problem`` must carry; any of them needs calibration
+            data.
     """
 
-    needs_gram: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def solve(self, problem: Problem, fmt: Format) -> Solution:

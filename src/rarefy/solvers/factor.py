@@ -8,9 +8,47 @@ in. Both run in place on one fp64 matrix, which for a wide layer is the largest 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
+if TYPE_CHECKING:
+    from rarefy.solvers.base import Problem
+
 _STRIP = 256
+_LADDER = (0.1, 1.0)  # dampings that are tried when the one asked for is too small
+
+
+def damped_factor(
+    problem: Problem, dead: torch.Tensor, order: torch.Tensor, damping: float
+) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+    """U [n, n] of the problem's damped Gram matrix, climbing the ladder of dampings.
+
+    Args:
+        problem: its ``gram`` is H.
+        dead: columns whose input never fires, bool [n].
+        order: storage index of each visited column, [n].
+        damping: share of mean(diag(H)) added to the diagonal.
+
+    Returns:
+        U, or None past the end of the ladder, and a sentence for every fallback.
+    """
+    H, name = problem.gram, problem.name
+    assert H is not None
+    mean = float(H.diagonal()[~dead].mean()) if not bool(dead.all()) else 1.0
+    notes: tuple[str, ...] = ()
+    for share in sorted({damping, *(d for d in _LADDER if d > damping)}):
+        U = inverse_factor(H, dead, order, share * mean)
+        if U is not None:
+            return U, notes
+        notes = (
+            f"the Hessian of {name} is not positive definite at damping {share:g}; "
+            "damping was raised",
+        )
+    return None, (
+        f"the Hessian of {name} is not positive definite even at damping 1; "
+        "the matrix was rounded to nearest",
+    )
 
 
 def inverse_factor(

@@ -1,4 +1,8 @@
-"""Round to nearest (RTN): every weight goes to the closest value of its grid. Needs no data."""
+"""Nearest member of the set in plain weight error. Needs no data.
+
+With an integer format this is round to nearest (RTN), with a sparse one magnitude pruning, with a
+low-rank one the truncated SVD: the baseline of each family.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,17 @@ if TYPE_CHECKING:
     from rarefy.formats.base import Format
 
 
-@SOLVERS.register("nearest", family="quantization")
+@SOLVERS.register(
+    "nearest",
+    family="baseline",
+    paper="Han et al., Learning both Weights and Connections, NeurIPS 2015 (magnitude)",
+    arxiv="1506.02626",
+)
 @dataclass(frozen=True)
 class Nearest(Solver):
-    """Plain rounding, the baseline of every table."""
+    """Fit the set on the weights, project onto it."""
 
     def solve(self, problem: Problem, fmt: Format) -> Solution:
-        """Fit the grid on the weights and round."""
-        grid = fmt.fit(problem.weight)
+        """The nearest member."""
+        grid = fmt.fit(problem.weight, support=problem.support)
         return Solution(grid.round(problem.weight), grid)

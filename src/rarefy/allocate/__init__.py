@@ -1,0 +1,1 @@
+"""Allocators: share a budget out among the matrices of a model."""

@@ -1,0 +1,229 @@
+"""A surgery stage: score the dense model's units, cut the least, write a smaller ordinary model."""
+
+from __future__ import annotations
+
+import time
+from math import floor
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rarefy.checkpoint.state import State
+from rarefy.checkpoint.writer import write_json
+from rarefy.engine.close import close, history
+from rarefy.engine.importance import score_widths
+from rarefy.engine.redundancy import choose_blocks
+from rarefy.engine.resize import Sizes, check_opens, cut, parts_of, resized_config, units_in
+from rarefy.engine.skeleton import Skeleton
+from rarefy.engine.stage import untouched
+from rarefy.errors import RarefyError
+from rarefy.maps.model_map import dims_of
+from rarefy.surgery.base import DepthSurgery, WidthSurgery
+
+if TYPE_CHECKING:
+    from rarefy.engine.stage import StageRun
+    from rarefy.surgery.base import Kind
+
+_CHOICE = "choice"  # the journalled part that holds the scores; no part of the result
+_KINDS: tuple[Kind, ...] = ("heads", "neurons")
+
+
+def run_surgery(run: StageRun, manifest: dict[str, Any]) -> None:
+    """Choose what goes, cut every block to size, then close the new checkpoint.
+
+    Args:
+        run: what to do.
+        manifest: facts known beforehand; the stage's own are added to what is written.
+
+    Raises:
+        RarefyError: the model is compressed already, its structure is not known, or what would be
+            left is no model that transformers opens.
+    """
+    start = time.perf_counter()
+    skeleton = Skeleton(run.source, run.device)
+    _refuse(skeleton, run)
+    wanted = _sizes(skeleton, run)
+    check_opens(skeleton, wanted)
+    earlier = sum(note["seconds"] for note in run.writer.journal["parts"].values())
+    if not run.writer.has(_CHOICE):
+        run.writer.add(_CHOICE, _choose(skeleton, run), _spent(start))
+    scored = time.perf_counter()
+    choice = run.writer.read(_CHOICE)
+    gone = _gone(choice, wanted)
+    sizes = _sizes(skeleton, run, choice.get("removed"))
+    for new in range(len(sizes.blocks)):
+        _cut_block(run, skeleton, sizes, new, gone)
+        run.watcher.step(new + 1, len(sizes.blocks))
+    if not run.writer.has("outside"):
+        tensors = untouched(skeleton, "", set())
+        run.writer.add("outside", tensors, {"seconds": 0.0, "weights": _count(tensors)})
+    parts = ["outside", *(f"{i:05d}" for i in range(len(sizes.blocks)))]
+    folder = run.writer.folder
+    State(skeleton.state.base or run.source.fingerprint()).write(folder)
+    write_json(folder / "config.json", resized_config(skeleton, sizes))
+    done = {
+        "parameters_before": skeleton.parameters,
+        "parameters_after": sum(run.writer.notes(part)["weights"] for part in parts),
+        **_account(choice, gone),
+    }
+    facts = {"nodes": [], "kept": [], "fallbacks": [], "coverage": 0.0}
+    timings = {
+        "earlier": earlier,
+        "score": scored - start,
+        "cut": time.perf_counter() - scored,
+    }
+    close(run, manifest | facts | {"history": history(run, done)}, start - earlier, timings)
+    run.writer.finish(parts)
+
+
+def _refuse(skeleton: Skeleton, run: StageRun) -> None:
+    family, name = skeleton.map.family, run.stage.name
+    if not skeleton.map.proved:
+        raise RarefyError(
+            f"model type {family!r} has no proved map, so {name} does not know which weights "
+            "belong together; use a recipe without surgery"
+        )
+    if skeleton.map.experts is not None:
+        raise RarefyError(
+            f"{family} is a mixture of experts, and {name} cuts dense models only; "
+            "use a recipe without surgery"
+        )
+    if skeleton.earlier:
+        first, fmt = next(iter(skeleton.earlier.items()))
+        raise RarefyError(
+            f"{first} is stored as {fmt.label()} already, and {name} cuts dense weights; "
+            "start from the dense model"
+        )
+
+
+def _sizes(skeleton: Skeleton, run: StageRun, removed: torch.Tensor | None = None) -> Sizes:
+    """What is to be left; as long as ``removed`` is not known, the first blocks stand for it.
+
+    Raises:
+        RarefyError: a share of less than one unit, or more blocks than there are.
+    """
+    method, dims = run.stage.method, dims_of(skeleton.model.config)
+    count = len(skeleton.blocks)
+    if isinstance(method, DepthSurgery):
+        free = len(method.candidates(count))
+        if method.blocks > free:
+            raise RarefyError(
+                f"{run.stage.name} is to remove {method.blocks} of {count} blocks, and with "
+                f"protect: {method.protect} no more than {free} may go; ask for fewer blocks"
+            )
+        going = range(count - method.blocks, count) if removed is None else removed.tolist()
+        blocks = tuple(i for i in range(count) if i not in going)
+        if not blocks:
+            raise RarefyError(f"{run.stage.name} would remove every block; ask for fewer blocks")
+        return Sizes(blocks, dims.kv, dims.intermediate)
+    assert isinstance(method, WidthSurgery)
+    left = {
+        kind: _left(units_in(dims, kind), share, f"{run.stage.name}, {kind}")
+        for kind, share in zip(_KINDS, (method.heads, method.neurons), strict=True)
+    }
+    return Sizes(tuple(range(count)), left["heads"], left["neurons"])
+
+
+def _left(units: int, share: float, what: str) -> int:
+    """Units that stay if at most ``share`` of them go."""
+    # 0.29 * 100 is a hair below 29.
+    going = floor(share * units + 1e-6)
+    if share and not going:
+        raise RarefyError(
+            f"{what}: a share of {share} of {units} is less than one; "
+            f"ask for at least {1 / units:.3g} or for 0"
+        )
+    return units - going
+
+
+def _choose(skeleton: Skeleton, run: StageRun) -> dict[str, torch.Tensor]:
+    """Scores of units [blocks, units] by kind, or the scores of blocks and those removed."""
+    method, ids = run.stage.method, _rows(run)
+    if isinstance(method, DepthSurgery):
+        removal = choose_blocks(skeleton, method, ids)
+        return {"removed": torch.tensor(removal.blocks), "blocks": removal.scores.float().cpu()}
+    assert isinstance(method, WidthSurgery)
+    kinds = [kind for kind in _KINDS if getattr(method, kind)]
+    found = score_widths(skeleton, method, kinds, ids)
+    for kind, scores in found.items():
+        bad = (~scores.isfinite()).any(1).nonzero()
+        if len(bad):
+            raise RarefyError(
+                f"{run.stage.name} scored {kind} of block {int(bad[0])} NaN or infinite; "
+                "check the model with `rarefy evaluate` before compressing it"
+            )
+    return {str(kind): scores for kind, scores in found.items()}
+
+
+def _rows(run: StageRun) -> torch.Tensor | None:
+    """The calibration tokens that the method asks for, [N, L]."""
+    method = run.stage.method
+    assert isinstance(method, DepthSurgery | WidthSurgery)
+    if run.tokens is None or not method.needs:
+        return None
+    rows, length = run.tokens.ids.shape
+    samples, tokens = method.samples or rows, method.length or length
+    if samples > rows or tokens > length:
+        raise RarefyError(
+            f"{run.stage.name} reads {samples} rows of {tokens} tokens, and there are {rows} of "
+            f"{length}; calibrate on more, or lower its samples and length"
+        )
+    return run.tokens.ids[:samples, :tokens]
+
+
+def _gone(choice: dict[str, torch.Tensor], sizes: Sizes) -> dict[Kind, torch.Tensor]:
+    """Units to cut, the lowest of each block: kind -> indices [blocks, units], ascending."""
+    left: dict[Kind, int] = {"heads": sizes.heads, "neurons": sizes.neurons}
+    return {
+        kind: scores.argsort(dim=1, stable=True)[:, : scores.shape[1] - left[kind]].sort().values
+        for kind in _KINDS
+        if (scores := choice.get(kind)) is not None
+    }
+
+
+def _cut_block(
+    run: StageRun, skeleton: Skeleton, sizes: Sizes, new: int, gone: dict[Kind, torch.Tensor]
+) -> None:
+    """Write what is left of a block under its new number."""
+    if run.writer.has(f"{new:05d}"):
+        return
+    start = time.perf_counter()
+    old, dims = sizes.blocks[new], dims_of(skeleton.model.config)
+    prefix = f"{skeleton.map.blocks}.{old}."
+    tensors = {
+        name.removeprefix(prefix): skeleton.read(name)
+        for name in skeleton.parameter_names
+        if name.startswith(prefix)
+    }
+    for kind, units in gone.items():
+        tensors = cut(tensors, parts_of(skeleton.map, dims, kind), units[old])
+    stored = {
+        skeleton.stored_name(f"{skeleton.map.blocks}.{new}.{name}"): tensor
+        for name, tensor in tensors.items()
+    }
+    run.writer.add(f"{new:05d}", stored, _spent(start) | {"weights": _count(stored)})
+
+
+def _spent(start: float) -> dict[str, float]:
+    return {"seconds": time.perf_counter() - start}
+
+
+def _count(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _account(choice: dict[str, torch.Tensor], gone: dict[Kind, torch.Tensor]) -> dict[str, Any]:
+    """What the history says was removed, and why.
+
+    Neurons are too many to list the score of each: ``lost`` is the share of each block's total
+    importance that went.
+    """
+    if "removed" in choice:
+        return {"removed": choice["removed"].tolist(), "scores": choice["blocks"].tolist()}
+    lost = {
+        kind: (choice[kind].gather(1, units).sum(1) / choice[kind].sum(1)).tolist()
+        for kind, units in gone.items()
+    }
+    scores = {"heads": choice["heads"].tolist()} if "heads" in choice else {}
+    removed = {kind: units.tolist() for kind, units in gone.items()}
+    return {"removed": removed, "scores": scores, "lost": lost}

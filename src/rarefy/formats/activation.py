@@ -1,0 +1,107 @@
+"""Activation formats: how the input of a linear is rounded while the model runs.
+
+    symmetric b-bit integers:  s = max|x| / (2^(b-1) - 1)    x' = s clip(round(x / s))
+
+``per`` says who shares a scale: each token its own, or the whole tensor one. Scales are dynamic
+(from the values at hand) or static (from the largest value seen in calibration, stored as
+``input_scale``). What is evaluated is this rounding, carried out in front of every product.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from rarefy.registry import Registry
+
+
+class Activation(ABC):
+    """A rounding of activations; subclasses are frozen dataclasses whose fields are the options.
+
+    Attributes:
+        static: whether ``round`` needs a stored scale.
+    """
+
+    static: bool = False
+
+    @abstractmethod
+    def scale(self, peak: torch.Tensor) -> torch.Tensor:
+        """The stored scale, float [1], from the largest absolute value of each channel [n]."""
+
+    @abstractmethod
+    def round(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Rounded activations, shaped like x [..., n]."""
+
+    @abstractmethod
+    def label(self) -> str:
+        """Short name for tables: ``a8 token``."""
+
+
+ACTIVATIONS: Registry[Activation] = Registry(
+    "activation format",
+    Activation,  # type: ignore[type-abstract]
+    "rarefy.formats",
+)
+
+_SCOPES = ("token", "tensor")
+
+
+@ACTIVATIONS.register("int", family="quantization")
+@dataclass(frozen=True)
+class IntActivation(Activation):
+    """Symmetric integers.
+
+    Attributes:
+        bits: 2 to 8.
+        per: "token" or "tensor".
+        dynamic: scales come from the values at hand; otherwise from calibration.
+
+    Raises:
+        ValueError: a field outside these values, or a static scale for each token.
+    """
+
+    bits: int = 8
+    per: str = "token"
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must lie in 2..8, and {self.bits} does not")
+        if self.per not in _SCOPES:
+            raise ValueError(f"per must be one of {', '.join(_SCOPES)}, not {self.per!r}")
+        if self.per == "token" and not self.dynamic:
+            raise ValueError("a scale for each token is always dynamic; give per: tensor")
+
+    @property
+    def static(self) -> bool:  # type: ignore[override]
+        """Whether the scale comes from calibration."""
+        return not self.dynamic
+
+    @property
+    def largest(self) -> int:
+        """The largest code."""
+        return (1 << (self.bits - 1)) - 1
+
+    def scale(self, peak: torch.Tensor) -> torch.Tensor:
+        """The largest channel's peak over the largest code; see :meth:`Activation.scale`."""
+        return (peak.max() / self.largest).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+
+    def codes(
+        self, x: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integer codes in x's type [..., n], and the scales that belong to them."""
+        if scale is None:
+            peak = x.abs().amax(-1, keepdim=True) if self.per == "token" else x.abs().max()
+            scale = (peak / self.largest).clamp(min=torch.finfo(x.dtype).tiny)
+        return (x / scale).round_().clamp_(-self.largest - 1, self.largest), scale
+
+    def round(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Codes times scales; see :meth:`Activation.round`."""
+        codes, scale = self.codes(x, scale)
+        return codes.mul_(scale)
+
+    def label(self) -> str:
+        """For example ``a8 token``, ``a8 tensor static``."""
+        return f"a{self.bits} {self.per}{'' if self.dynamic else ' static'}"

@@ -1,0 +1,319 @@
+"""Sparse matrices: which weights differ from zero, and what those are.
+
+The **support** is free within a budget (unstructured: the ``sparsity`` of each row or of the whole
+matrix) or bound to a pattern (N:M: ``kept`` of every ``of`` neighbouring columns). The values on it
+are in any format that writes one code a weight, so the same class is a pruned 16-bit matrix and a
+sparse int4 one. Nothing is stored for a zero but its place: one bit a weight (unstructured), or
+``ceil(log2 of)`` bits for each kept weight (N:M; 2:4 then takes one bit a weight, too).
+
+N means *kept*: the names of the field read so, although the code of Wanda and SparseGPT prunes N
+of M (the two agree at 2:4 and 4:8).
+
+Symbols: m rows, n columns, s sparsity, k number of kept weights. Of a row exactly
+``floor(s n)`` weights are zero (of a matrix ``floor(s m n)``); what a sweep chooses chunk by chunk
+adds up to the same number, because the count of a chunk is a difference of such floors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import floor
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from rarefy.errors import RarefyError
+from rarefy.formats.base import (
+    FORMATS,
+    ElementFormat,
+    ElementGrid,
+    Format,
+    Grid,
+    Packed,
+    column_weights,
+)
+from rarefy.formats.floating import Float
+from rarefy.formats.packing import pack, unpack, words_per_row
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_SCOPES = ("row", "matrix", "free")
+_CHUNK = 128  # SparseGPT's block
+
+
+@dataclass(frozen=True)
+class SparseGrid(Grid):
+    """A support and the grid of the values on it.
+
+    Attributes:
+        mask: bool [m, n]. inner: grid of the values. form: the format.
+    """
+
+    mask: torch.Tensor
+    inner: ElementGrid
+    form: Sparse
+
+    @property
+    def support(self) -> torch.Tensor:
+        """Where values may differ from zero."""
+        return self.mask
+
+    def within(self, support: torch.Tensor) -> Self:
+        """The same values on another support."""
+        return type(self)(support, self.inner, self.form.counted(support))
+
+    def round(self, columns: torch.Tensor, at: int = 0) -> torch.Tensor:
+        """Zero off the support, the nearest value on it; see :meth:`Grid.round`."""
+        on = self.mask[:, at : at + columns.shape[1]]
+        return self.inner.round(columns, at).masked_fill(~on, 0)
+
+    def encode(self, weight: torch.Tensor) -> Packed:
+        """Codes on the support row by row, their places, and the values' parameters."""
+        codes = self.inner.codes(weight)[self.mask]
+        places = {"weight_mask": _bits(self.mask)}
+        if self.form.of is not None:
+            groups = self.mask.reshape(-1, self.form.of)
+            offsets = groups.nonzero()[:, 1]
+            places = {"weight_index": pack(offsets, self.form.index_bits)}
+        return {
+            "weight_packed": self.form.values.store(codes),
+            **places,
+            **self.inner.parameters(),
+            "weight_shape": torch.tensor(list(weight.shape), dtype=torch.int64),
+        }
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The grid of some rows."""
+        mask = self.mask[start:stop]
+        return type(self)(mask, self.inner.rows(start, stop), self.form.counted(mask))
+
+    @classmethod
+    def join(cls, grids: Sequence[Self]) -> Self:
+        """Neighbouring spans side by side."""
+        mask = torch.cat([grid.mask for grid in grids], 1)
+        inner = type(grids[0].inner).join([grid.inner for grid in grids])
+        return cls(mask, inner, grids[0].form.counted(mask))
+
+
+@FORMATS.register("sparse", family="pruning")
+@dataclass(frozen=True)
+class Sparse(Format):
+    """Matrices with zeros that are not stored.
+
+    Attributes:
+        sparsity: share of zeros of an unstructured support.
+        kept, of: at most ``kept`` non-zeros in each run of ``of`` columns; then sparsity follows.
+        scope: where the budget of an unstructured support is met: "row", "matrix", or "free" when
+            a solver decides how many weights it keeps.
+        values: format of the values, one that writes a code a weight.
+        nonzeros: number of kept weights of one stored matrix, recorded for the scope "free".
+
+    Raises:
+        ValueError: a field outside these values.
+    """
+
+    sparsity: float = 0.5
+    kept: int | None = None
+    of: int | None = None
+    scope: str = "row"
+    values: ElementFormat = field(default_factory=Float)
+    nonzeros: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must lie in [0, 1), and {self.sparsity} does not")
+        if (self.kept is None) != (self.of is None):
+            raise ValueError("give both kept and of for an N:M pattern, or neither")
+        if self.kept is not None and not 1 <= self.kept < (self.of or 0) <= 256:
+            raise ValueError(f"{self.kept}:{self.of} is no pattern; give 1 <= kept < of <= 256")
+        if self.scope not in _SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(_SCOPES)}, not {self.scope!r}")
+        if not isinstance(self.values, ElementFormat):
+            raise ValueError(f"values cannot be {self.values!r}: give int or float")
+
+    @property
+    def density(self) -> float:  # type: ignore[override]
+        """Share of the weights that is kept."""
+        return self.kept / self.of if self.kept and self.of else 1 - self.sparsity
+
+    @property
+    def rows_independent(self) -> bool:  # type: ignore[override]
+        """Whether the budget is met in every row."""
+        return self.of is not None or self.scope == "row"
+
+    @property
+    def spans_independent(self) -> bool:  # type: ignore[override]
+        """Whether patterns lie inside the spans of the values."""
+        return self.of is not None and self.span is not None and self.span % self.of == 0
+
+    @property
+    def chunk(self) -> int:  # type: ignore[override]
+        """A pattern's width, or a block of columns."""
+        return self.of or _CHUNK
+
+    @property
+    def pattern(self) -> int | None:  # type: ignore[override]
+        """A pattern's width."""
+        return self.of
+
+    @property
+    def span(self) -> int | None:
+        """That of the values."""
+        return self.values.span
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of a place within a pattern."""
+        return max(1, ((self.of or 2) - 1).bit_length())
+
+    def counted(self, mask: torch.Tensor) -> Self:
+        """The format as it is recorded for a matrix of this support, bool [m, n]."""
+        if self.of is not None or self.scope != "free":
+            return self
+        return replace(self, nonzeros=int(mask.sum()))
+
+    def count(self, rows: int, columns: int) -> int:
+        """Number of kept weights of an [m, n] matrix."""
+        if self.kept is not None and self.of is not None:
+            return rows * columns // self.of * self.kept
+        if self.scope == "free" and self.nonzeros is not None:
+            return self.nonzeros
+        if self.scope == "row":
+            return rows * (columns - self._zeros(columns))
+        return rows * columns - self._zeros(rows * columns)
+
+    def _zeros(self, total: int) -> int:
+        """``floor(s total)``, robust against the last bit of a product that is whole."""
+        return floor(self.sparsity * total + 1e-6)
+
+    def misfit(self, rows: int, columns: int) -> str:
+        """Patterns must fill the row, and the values must fit."""
+        if self.of is not None and columns % self.of:
+            return f"{self.of} does not divide rows of {columns} columns"
+        return self.values.misfit(rows, columns)
+
+    def with_density(self, density: float) -> Self:
+        """Another sparsity.
+
+        Raises:
+            RarefyError: the pattern fixes it.
+        """
+        if self.of is not None:
+            raise RarefyError(f"the pattern {self.label()} fixes the sparsity; allocate without it")
+        return replace(self, sparsity=1 - density)
+
+    def carrying(self, values: Format) -> Self | None:
+        """This support with other values, or None when the other is not one code a weight."""
+        return replace(self, values=values) if isinstance(values, ElementFormat) else None
+
+    def fit(
+        self,
+        weight: torch.Tensor,
+        importance: torch.Tensor | None = None,
+        support: torch.Tensor | None = None,
+    ) -> SparseGrid:
+        """Keep the largest ``w^2`` times importance, within the imposed support if there is one.
+
+        Raises:
+            RarefyError: the support holds another number of weights than the budget says.
+        """
+        weights = column_weights(importance)
+        if support is None:
+            unit = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device)
+            mask = self.choose(weight, 0, unit if weights is None else weights)
+        elif self.of is None and self.scope == "free":
+            mask = support
+        else:
+            mask = self._filled(support, weight)
+        inner = self.values.fit(weight.masked_fill(~mask, 0), weights)
+        return SparseGrid(mask, inner, self.counted(mask))
+
+    def _filled(self, support: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """An imposed support brought to the budget's exact count by places whose value is zero."""
+        live = weight.abs().add_(1).masked_fill_(~support, 0)
+        mask = self.choose(live, 0, torch.ones_like(live[0]))
+        if bool((support & ~mask).any()):
+            raise RarefyError(
+                f"more weights are kept in some row than {self.label()} may hold; "
+                "repeat the sparsity of the stage that chose them, or give the scope 'free'"
+            )
+        return mask
+
+    def choose(
+        self,
+        columns: torch.Tensor,
+        at: int,
+        importance: torch.Tensor,
+        support: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Keep the largest ``w^2`` times importance; see :meth:`Format.choose`."""
+        scores = columns.square() * importance
+        if support is not None:
+            scores = scores.masked_fill(~support, -1)
+        m, k = columns.shape
+        if self.kept is not None and self.of is not None:
+            groups = scores.reshape(m, k // self.of, self.of)
+            return _largest(groups, self.kept).reshape(m, k)
+        if self.scope == "row":
+            zeros = self._zeros(at + k) - self._zeros(at)
+            return _largest(scores, k - zeros)
+        zeros = self._zeros(m * (at + k)) - self._zeros(m * at)
+        return _largest(scores.reshape(1, -1), m * k - zeros).reshape(m, k)
+
+    def decode(
+        self, packed: Mapping[str, torch.Tensor], rows: slice | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Float32 [m, n]; see :meth:`Format.decode`."""
+        mask = self.stored_support(packed)
+        kept = self.values.restore(packed["weight_packed"], int(mask.sum()))
+        codes = torch.zeros(mask.shape, dtype=kept.dtype, device=kept.device)
+        codes[mask] = kept
+        wanted = slice(None) if rows is None else rows
+        values = self.values.values(codes[wanted], packed, rows)
+        return values.masked_fill_(~mask[wanted], 0)
+
+    def stored_support(self, packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """bool [m, n]."""
+        m, n = (int(x) for x in packed["weight_shape"])
+        if self.kept is None or self.of is None:
+            return unpack(packed["weight_mask"], 1, n).bool()
+        groups = m * n // self.of
+        offsets = unpack(packed["weight_index"], self.index_bits, groups * self.kept).long()
+        mask = torch.zeros(groups, self.of, dtype=torch.bool, device=offsets.device)
+        return mask.scatter_(1, offsets.reshape(groups, self.kept), True).reshape(m, n)
+
+    def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Stored tensors; see :meth:`Format.layout`."""
+        count = self.count(rows, columns)
+        places: dict[str, tuple[tuple[int, ...], str]] = {
+            "weight_mask": ((rows, words_per_row(columns, 1)), "I32")
+        }
+        if self.of is not None:
+            places = {"weight_index": ((words_per_row(count, self.index_bits),), "I32")}
+        return {
+            "weight_packed": self.values.stream_layout(count),
+            **places,
+            **self.values.parameter_layout(rows, columns),
+            "weight_shape": ((2,), "I64"),
+        }
+
+    def for_dtype(self, dtype: str) -> Self:
+        """Values for the checkpoint's type."""
+        return replace(self, values=self.values.for_dtype(dtype))
+
+    def label(self) -> str:
+        """For example ``sparse 50% f16``, ``2:4 int4 g64``."""
+        where = f"{self.kept}:{self.of}" if self.of else f"sparse {100 * self.sparsity:.4g}%"
+        return f"{where} {self.values.label()}"
+
+
+def _largest(scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """Mask of the ``kept`` largest entries along the last axis, exactly that many."""
+    places = scores.topk(kept, -1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, places, True)
+
+
+def _bits(mask: torch.Tensor) -> torch.Tensor:
+    """One bit a weight, rows padded to whole words: int32 [m, words]."""
+    return pack(mask.long(), 1)

@@ -1,0 +1,1 @@
+"""Surgery: make the edges of a model narrower, or its stack of blocks shorter."""
