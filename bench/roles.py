@@ -25,7 +25,6 @@ from rarefy.recipe import presets
 
 KAPPA = 50.0
 PLANTED = ("rtn-w8a8", "rtn-w8a8-static", "smoothquant-w8a8", "smoothquant-w8a8-static")
-SKIP = ("gptq-int4-g64-mse",)  # presets that are no row of their own
 LESS = (
     ("sparsegpt-50", "wanda-50"),
     ("wanda-50", "magnitude-50"),
@@ -56,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rarefy-roles-", dir=options.work) as folder:
         work = Path(folder)
         for name in presets():
-            if name not in SKIP and fnmatch(name, options.only):
+            if fnmatch(name, options.only):
                 run(report, name, name, (source, work), options)
         wanted = [name for name in PLANTED if fnmatch(f"planted {name}", options.only)]
         if any(f"planted {name}" not in report["rows"] for name in wanted):

@@ -339,14 +339,12 @@ def test_truncation_loses_less_than_equal_ratios() -> None:
 
 def test_what_is_left_of_the_budget_makes_no_matrix_larger() -> None:
     # The small matrix is full at rank 17; nearly a whole unit of the large one is left.
-    shares = [{"small": Share(24, 60, 0.9), "large": Share(200, 200, 0.5)}]
-    cap, unit = 17, 400
-    budget = 17 * 84 + 60 * unit + 399
+    budget = 17 * (24 + 60) + 60 * (200 + 200) + 399
     density = budget / (24 * 60 + 200 * 200)
-    shares = [{k: Share(s.rows, s.columns, density) for k, s in shares[0].items()}]
+    shares = [{"small": Share(24, 60, density), "large": Share(200, 200, density)}]
     small, large = torch.full((24,), 1.0), torch.linspace(0.1, 0.01, 200)
     [table] = Truncation().spread([{"small": small, "large": large}], shares)
-    assert ranks_of([table], shares) == [cap, 60]
+    assert ranks_of([table], shares) == [17, 60]
     assert max(table.values()) < 1
     spent = sum(table[k] * s.weights for k, s in shares[0].items())
     assert spent == pytest.approx(budget, rel=1e-9)

@@ -109,7 +109,8 @@ def compress(
     config = json.loads((done.path / "config.json").read_text())
     if done.reused:
         console.say(f"{done.path} was made by the same configuration; nothing to do (or --fresh)")
-    console.show_result(done.manifest, config["quantization_config"]["quant_method"])
+    container = config.get("quantization_config", {}).get("quant_method", "plain")
+    console.show_result(done.manifest, container)
     size = sum(file.stat().st_size for file in done.path.glob("*.safetensors"))
     source = done.manifest["source"]["weights_bytes"]
     console.out.print(

@@ -133,6 +133,27 @@ def groups(rows: Sequence[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[s
 
 def show_result(manifest: dict[str, Any], container: str) -> None:
     """Print what a compression did and what it left alone."""
+    for stage in manifest.get("history", []):
+        if "parameters_after" in stage:
+            before, after = stage["parameters_before"], stage["parameters_after"]
+            say(f"{stage['name']}: {before:,} parameters before the cut, {after:,} after")
+        elif stage["role"] == "transform":
+            say(f"{stage['name']}: {len(stage['edges'])} edges folded")
+    if manifest["nodes"]:
+        show_matrices(manifest)
+    rows = [
+        ("fallbacks", str(len(manifest["fallbacks"]) or "none")),
+        ("container", container),
+        ("peak memory", size(manifest.get("peak_memory_bytes"))),
+        ("time", seconds(manifest.get("seconds"))),
+    ]
+    out.print(pairs(rows))
+    for fallback in manifest["fallbacks"]:
+        out.print(f"fallback: {fallback['what']}", highlight=False, markup=False)
+
+
+def show_matrices(manifest: dict[str, Any]) -> None:
+    """Print which matrices were compressed, into what, and what was left alone."""
     table = grid("compressed", "format:", "solver:", "count", "weights", "bytes", "bits", "error")
     for row in groups(manifest["nodes"], ("kind", "format", "solver")):
         error = sum(row["errors"]) / len(row["errors"]) if row["errors"] else None
@@ -150,17 +171,11 @@ def show_result(manifest: dict[str, Any], container: str) -> None:
         )  # fmt: skip
     weights = sum(node["weights"] for node in manifest["nodes"])
     stored = sum(node["bytes"] for node in manifest["nodes"])
-    rows = [
-        ("compressed weights", f"{weights:,}, {percent(manifest['coverage'])} of the model"),
-        ("their bits per weight", number(8 * stored / weights)),
-        ("fallbacks", str(len(manifest["fallbacks"]) or "none")),
-        ("container", container),
-        ("peak memory", size(manifest.get("peak_memory_bytes"))),
-        ("time", seconds(manifest.get("seconds"))),
-    ]
-    out.print(pairs(rows))
-    for fallback in manifest["fallbacks"]:
-        out.print(f"fallback: {fallback['what']}", highlight=False, markup=False)
+    out.print(
+        f"compressed: {weights:,} weights, {percent(manifest['coverage'])} of the model, "
+        f"{number(8 * stored / weights)} bits each",
+        highlight=False, markup=False,
+    )  # fmt: skip
 
 
 def show_plan(plan: Plan) -> None:

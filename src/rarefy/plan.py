@@ -13,6 +13,8 @@ from rarefy.checkpoint.resolve import resolve
 from rarefy.engine.capture import complete_map
 from rarefy.engine.close import all_formats
 from rarefy.engine.compress import Calibration
+from rarefy.engine.operate import sizes_after
+from rarefy.engine.resize import resized_config
 from rarefy.engine.select import select
 from rarefy.engine.skeleton import Skeleton
 from rarefy.export.containers import obstacle
@@ -92,7 +94,8 @@ class Plan:
     Attributes:
         model, recipe: as asked for.
         lines: every stored tensor, in the model's order.
-        container: "compressed-tensors" or "rarefy". reason: why not the former; empty if it is.
+        container: "compressed-tensors", "rarefy", or "plain" for a dense result.
+        reason: why it is rarefy's; empty otherwise.
         notes: remarks, one sentence each.
         parameters: of the model, tied ones once.
         memory: predicted.
@@ -161,9 +164,8 @@ def plan(
     inputs = dict(skeleton.state.inputs)
     for stage in wanted.stages:
         if stage.role == "surgery":
-            notes[f"{stage.name} cuts first; the sizes are those of the model before the cut"] = (
-                None
-            )
+            smaller = resized_config(skeleton, sizes_after(skeleton, stage))
+            skeleton = Skeleton(skeleton.checkpoint, skeleton.device, config=smaller)
         if stage.role != "solver":
             continue
         chosen = select(skeleton, stage)
@@ -180,7 +182,7 @@ def plan(
         model=str(model),
         recipe=wanted.name,
         lines=lines,
-        container="rarefy" if reason else "compressed-tensors",
+        container="rarefy" if reason else "compressed-tensors" if skeleton.earlier else "plain",
         reason=reason,
         notes=tuple(notes),
         parameters=skeleton.parameters,
@@ -212,8 +214,8 @@ def _stored(skeleton: Skeleton, name: str, elements: int) -> tuple[str, int]:
     """Format label and bytes of a tensor that passes through as it is."""
     stored = skeleton.locate(name)
     if stored is not None:
-        entry = skeleton.checkpoint.entries[stored]
-        return entry.dtype, entry.size
+        dtype = skeleton.checkpoint.entries[stored].dtype
+        return dtype, elements * BYTES[dtype]
     module = name.removesuffix(".weight")
     packed = skeleton.earlier.get(module)
     if packed is not None:

@@ -17,12 +17,15 @@ from rarefy.formats.integer import Int
 from rarefy.formats.low_rank import LowRank
 from rarefy.formats.sparse import Sparse
 from rarefy.solvers.asvd import ASVD
+from rarefy.solvers.awq_clip import AWQClip
 from rarefy.solvers.base import SOLVERS
+from rarefy.solvers.dsnot import DSnoT
 from rarefy.solvers.gptq import GPTQ
 from rarefy.solvers.nearest import Nearest
 from rarefy.solvers.sparsegpt import SparseGPT
 from rarefy.solvers.svd_llm import Whitened
 from rarefy.solvers.wanda import Wanda
+from rarefy.solvers.wanda_variant import WandaVariant
 
 _BF16 = {"scale_dtype": "bfloat16"}
 
@@ -70,6 +73,14 @@ SOLVER_SAMPLES: dict[str, list[tuple[Any, Any]]] = {
     "nearest": [
         (Nearest(), fmt) for fmt in (*_INT_TARGETS, _F32, *_SPARSE_TARGETS, *_THIN_TARGETS)
     ],
+    "awq-clip": [(AWQClip(), fmt) for fmt in _INT_TARGETS],
+    "wanda-variant": [
+        (WandaVariant(), Sparse(share, scope="free", values=values))
+        for share in (0.4, 0.6)
+        for values in (_F32, Int(4))
+    ],
+    # The threshold has the inputs' unit.
+    "dsnot": [(DSnoT(threshold=0.0), fmt) for fmt in _SPARSE_TARGETS],
     "wanda": [(Wanda(), fmt) for fmt in _SPARSE_TARGETS],
     "sparsegpt": [(SparseGPT(), fmt) for fmt in (*_SPARSE_TARGETS, *_INT_TARGETS)],
     "asvd": [(ASVD(), fmt) for fmt in _THIN_TARGETS],

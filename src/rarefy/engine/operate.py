@@ -22,6 +22,7 @@ from rarefy.surgery.base import DepthSurgery, WidthSurgery
 
 if TYPE_CHECKING:
     from rarefy.engine.stage import StageRun
+    from rarefy.recipe import Stage
     from rarefy.surgery.base import Kind
 
 _CHOICE = "choice"  # the journalled part that holds the scores; no part of the result
@@ -41,16 +42,14 @@ def run_surgery(run: StageRun, manifest: dict[str, Any]) -> None:
     """
     start = time.perf_counter()
     skeleton = Skeleton(run.source, run.device)
-    _refuse(skeleton, run)
-    wanted = _sizes(skeleton, run)
-    check_opens(skeleton, wanted)
+    wanted = sizes_after(skeleton, run.stage)
     earlier = sum(note["seconds"] for note in run.writer.journal["parts"].values())
     if not run.writer.has(_CHOICE):
         run.writer.add(_CHOICE, _choose(skeleton, run), _spent(start))
     scored = time.perf_counter()
     choice = run.writer.read(_CHOICE)
     gone = _gone(choice, wanted)
-    sizes = _sizes(skeleton, run, choice.get("removed"))
+    sizes = _sizes(skeleton, run.stage, choice.get("removed"))
     for new in range(len(sizes.blocks)):
         _cut_block(run, skeleton, sizes, new, gone)
         run.watcher.step(new + 1, len(sizes.blocks))
@@ -76,8 +75,20 @@ def run_surgery(run: StageRun, manifest: dict[str, Any]) -> None:
     run.writer.finish(parts)
 
 
-def _refuse(skeleton: Skeleton, run: StageRun) -> None:
-    family, name = skeleton.map.family, run.stage.name
+def sizes_after(skeleton: Skeleton, stage: Stage) -> Sizes:
+    """What a surgery stage would leave, before it is known which units go.
+
+    Raises:
+        RarefyError: see :func:`run_surgery`.
+    """
+    _refuse(skeleton, stage)
+    sizes = _sizes(skeleton, stage)
+    check_opens(skeleton, sizes)
+    return sizes
+
+
+def _refuse(skeleton: Skeleton, stage: Stage) -> None:
+    family, name = skeleton.map.family, stage.name
     if not skeleton.map.proved:
         raise RarefyError(
             f"model type {family!r} has no proved map, so {name} does not know which weights "
@@ -96,29 +107,29 @@ def _refuse(skeleton: Skeleton, run: StageRun) -> None:
         )
 
 
-def _sizes(skeleton: Skeleton, run: StageRun, removed: torch.Tensor | None = None) -> Sizes:
+def _sizes(skeleton: Skeleton, stage: Stage, removed: torch.Tensor | None = None) -> Sizes:
     """What is to be left; as long as ``removed`` is not known, the first blocks stand for it.
 
     Raises:
         RarefyError: a share of less than one unit, or more blocks than there are.
     """
-    method, dims = run.stage.method, dims_of(skeleton.model.config)
+    method, dims = stage.method, dims_of(skeleton.model.config)
     count = len(skeleton.blocks)
     if isinstance(method, DepthSurgery):
         free = len(method.candidates(count))
         if method.blocks > free:
             raise RarefyError(
-                f"{run.stage.name} is to remove {method.blocks} of {count} blocks, and with "
+                f"{stage.name} is to remove {method.blocks} of {count} blocks, and with "
                 f"protect: {method.protect} no more than {free} may go; ask for fewer blocks"
             )
         going = range(count - method.blocks, count) if removed is None else removed.tolist()
         blocks = tuple(i for i in range(count) if i not in going)
         if not blocks:
-            raise RarefyError(f"{run.stage.name} would remove every block; ask for fewer blocks")
+            raise RarefyError(f"{stage.name} would remove every block; ask for fewer blocks")
         return Sizes(blocks, dims.kv, dims.intermediate)
     assert isinstance(method, WidthSurgery)
     left = {
-        kind: _left(units_in(dims, kind), share, f"{run.stage.name}, {kind}")
+        kind: _left(units_in(dims, kind), share, f"{stage.name}, {kind}")
         for kind, share in zip(_KINDS, (method.heads, method.neurons), strict=True)
     }
     return Sizes(tuple(range(count)), left["heads"], left["neurons"])

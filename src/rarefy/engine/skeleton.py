@@ -52,6 +52,7 @@ class Skeleton:
         checkpoint: the source of weights.
         device: where modules live while they are loaded.
         factored: open factorized matrices into two linears; otherwise they are read as one.
+        config: in place of the checkpoint's own, to look at a model of other sizes.
 
     Attributes:
         model: the transformers module tree.
@@ -66,25 +67,30 @@ class Skeleton:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, *, factored: bool = True
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        *,
+        factored: bool = True,
+        config: dict[str, Any] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.state = read_state(checkpoint.path)
         self.earlier = self.state.formats
         # Unwritten pages of parameters on their way to the meta device take no memory.
+        known = causal_config(checkpoint)
+        built = known if config is None else type(known).from_dict(config)
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(
-                causal_config(checkpoint), dtype=torch.float32
-            )
+            self.model: Any = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
         self.model.eval()
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = buffer if buffer is None else buffer.to(device)
         self.model.config.use_cache = False
-        known = map_for(self.model.config)
-        path = known.blocks if known else longest_block_list(self.model)
-        self.map = known.expanded(dims_of(self.model.config)) if known else self._unknown(path)
+        family = map_for(self.model.config)
+        path = family.blocks if family else longest_block_list(self.model)
+        self.map = family.expanded(dims_of(self.model.config)) if family else self._unknown(path)
         self.blocks: nn.ModuleList = self.model.get_submodule(path)
         if self.map.experts is not None:
             for block in self.blocks:

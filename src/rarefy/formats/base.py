@@ -114,7 +114,6 @@ class Format(ABC):
         columns: torch.Tensor,
         at: int,
         importance: torch.Tensor,
-        support: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Choose the support of one chunk in the middle of a sweep.
 
@@ -122,7 +121,6 @@ class Format(ABC):
             columns: float [m, k], the live columns ``at .. at + k``.
             at: index of the first of these columns.
             importance: weight of each column's squared error, [k].
-            support: bool [m, k], an upper bound imposed by an earlier stage.
 
         Returns:
             bool [m, k].

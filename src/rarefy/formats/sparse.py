@@ -235,7 +235,7 @@ class Sparse(Format):
         mask = self.choose(live, 0, torch.ones_like(live[0]))
         if bool((support & ~mask).any()):
             raise RarefyError(
-                f"more weights are kept in some row than {self.label()} may hold; "
+                f"more weights are kept than {self.label()} may hold; "
                 "repeat the sparsity of the stage that chose them, or give the scope 'free'"
             )
         return mask
@@ -245,12 +245,9 @@ class Sparse(Format):
         columns: torch.Tensor,
         at: int,
         importance: torch.Tensor,
-        support: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Keep the largest ``w^2`` times importance; see :meth:`Format.choose`."""
         scores = columns.square() * importance
-        if support is not None:
-            scores = scores.masked_fill(~support, -1)
         m, k = columns.shape
         if self.kept is not None and self.of is not None:
             groups = scores.reshape(m, k // self.of, self.of)

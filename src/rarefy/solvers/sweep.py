@@ -122,8 +122,7 @@ class _Columns:
     def _choose(self, first: int, past: int) -> None:
         assert self.mask is not None and self.plan.pivots is not None
         live, pivots = self.R[first:past].T, self.plan.pivots[first:past]
-        support = None if self.plan.support is None else self.plan.support[:, first:past]
-        self.mask[:, first:past] = self.fmt.choose(live, first, pivots, support)
+        self.mask[:, first:past] = self.fmt.choose(live, first, pivots)
 
     def grid(self) -> Grid:
         """The grid of the whole matrix."""
