@@ -34,6 +34,7 @@ TOLERANCE = 1e-3
 MOE = ("mixtral", "qwen3_moe")
 # Conv1D and experts are not the weight of a plain linear, so stock loaders cannot hold them.
 STOCK = tuple(f for f in FAMILIES if f not in (*MOE, "gpt2"))
+FACTORS = ("first", "second")
 _SRC = str(Path(rarefy.__file__).parents[1])
 
 INT4 = {"format": "int", "bits": 4, "group": 32}
@@ -50,6 +51,44 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding and head": ("nearest", EMBEDDING | HEAD),
     "everything": ("gptq", EMBEDDING | HEAD | {"*": INT3}),
 }
+HALF = {"format": "sparse", "sparsity": 0.5, "scope": "matrix"}
+PAIRS = {"format": "sparse", "kept": 2, "of": 4}
+THIN = {"format": "low-rank", "ratio": 0.8}
+STAGES: dict[str, list[dict[str, Any]]] = {
+    which: [{"solver": solver, "schemes": table}] for which, (solver, table) in RECIPES.items()
+} | {
+    "sparse": [{"solver": "sparsegpt", "schemes": {"*": HALF}}],
+    "2:4 int4": [
+        {"solver": "wanda", "schemes": {"*": PAIRS}},
+        {"solver": "gptq", "schemes": {"*": INT4}},
+    ],
+    "low-rank": [{"solver": "svd-llm", "schemes": {"*": THIN}}],
+    "low-rank int4": [
+        {"solver": "svd-llm", "schemes": {"*": THIN}},
+        {"solver": "gptq", "schemes": {"*": {**INT4, "group": 8}}},
+    ],
+    "w8a8": [{"solver": "nearest", "schemes": {"*": {**ROW8, "input": {"format": "int"}}}}],
+    "w8a4 static": [
+        {
+            "solver": "nearest",
+            "schemes": {
+                "*": {
+                    **ROW8,
+                    "input": {"format": "int", "bits": 4, "per": "tensor", "dynamic": False},
+                }
+            },
+        }
+    ],
+}
+OTHERS = [
+    *(
+        (family, which)
+        for family in ("llama", "gpt2", "gpt_neox", "qwen3_moe")
+        for which in ("sparse", "2:4 int4", "low-rank")
+    ),
+    *((family, "low-rank int4") for family in ("llama", "gpt2", "qwen2")),
+    *((family, which) for family in ("llama", "phi3") for which in ("w8a8", "w8a4 static")),
+]
 TIED = [
     (family, which)
     for family in ("qwen2", "qwen3")
@@ -66,6 +105,7 @@ CASES = [
     *TIED,
     *UNTIED,
     *SCALED,
+    *OTHERS,
 ]
 
 READER = """
@@ -135,9 +175,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     text.write_text("".join(" " if i % 6 == 5 else chr(c) for i, c in enumerate(letters)))
     calibration = rarefy.Calibration(str(text), sequences=4, length=32)
     recipes = {}
-    for which, (solver, table) in RECIPES.items():
+    for which, stages in STAGES.items():
         recipes[which] = root / f"{which}.yaml"
-        stages = [{"solver": solver, "schemes": table}]
         recipes[which].write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
     dense = {family: save_tiny(family, root / family / "dense") for family in FAMILIES}
     folders = {
@@ -175,15 +214,19 @@ def open_all(
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
     """Module-side name -> [out, in] matrix, of every compressed matrix of a folder."""
+    skeleton = Skeleton(Checkpoint(folder), torch.device("cpu"), factored=False)
+    names = [n for n in read_state(folder).formats if n.rpartition(".")[2] not in FACTORS]
+    return {name: read_state(folder).formats[name].decode(skeleton.packed(name)) for name in names}
+
+
+def rounded_inputs(model: Any, folder: Path) -> None:
+    """Round the inputs of a dense model's linears by hand, as the folder's state says."""
     checkpoint = Checkpoint(folder)
-    skeleton = Skeleton(checkpoint, torch.device("cpu"))
-    out = {}
-    for name, fmt in read_state(folder).formats.items():
-        stored = skeleton.stored_name(name)
-        suffixes = [key.rpartition(".")[2] for key in checkpoint.entries if key.startswith(stored)]
-        packed = {s: checkpoint.read(f"{stored}.{s}") for s in suffixes if s.startswith("weight_")}
-        out[name] = fmt.decode(packed)
-    return out
+    for name, rounding in read_state(folder).inputs.items():
+        scale = checkpoint.read(f"{name}.input_scale") if rounding.static else None
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, rounding=rounding, scale=scale: (rounding.round(args[0], scale),)
+        )
 
 
 def put(model: Any, name: str, matrix: torch.Tensor) -> None:
@@ -213,6 +256,7 @@ def expected(dense: Path, folder: Path) -> torch.Tensor:
     packed_embedding = any(model.get_submodule(n) is embedding for n in matrices if "emb" in n)
     for name, matrix in matrices.items():
         put(model, name, matrix)
+    rounded_inputs(model, folder)
     if model.config.tie_word_embeddings and packed_embedding:
         model.lm_head.weight = model.get_input_embeddings().weight
     with torch.no_grad():

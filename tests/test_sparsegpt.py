@@ -229,3 +229,24 @@ def test_a_hopeless_hessian_is_reported() -> None:
     found = SparseGPT().solve(replace(case, gram=gram), MATRIX)
     assert len(found.notes) == 1
     assert int((found.weight == 0).sum()) == ROWS * COLUMNS // 2
+
+
+@pytest.mark.parametrize("fmt", [MATRIX, PATTERN], ids=Sparse.label)
+def test_refitting_goes_down_to_least_squares_and_keeps_the_mask(fmt: Sparse) -> None:
+    case = layer(ROWS, COLUMNS, seed=5)
+    plain, few, many = (
+        SparseGPT(damping=1e-6, refit=steps).solve(case, fmt).weight for steps in (0, 4, 400)
+    )
+    assert torch.equal(few != 0, plain != 0)
+    assert torch.equal(many != 0, plain != 0)
+    bound = least_squares(case, plain != 0)
+    assert bound <= error(case, many) <= 1.001 * bound
+    assert error(case, many) < error(case, few) < error(case, plain)
+
+
+def test_refitting_never_makes_coarse_values_worse() -> None:
+    for seed in range(6):
+        case = layer(ROWS, COLUMNS, seed=seed)
+        fmt = Sparse(0.5, scope="matrix", values=Int(3, group=32))
+        plain, refitted = (SparseGPT(refit=n).solve(case, fmt).weight for n in (0, 8))
+        assert error(case, refitted) <= error(case, plain)

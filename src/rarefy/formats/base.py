@@ -61,8 +61,8 @@ class Grid(ABC):
         """Where values may differ from zero, bool [m, n]; None when everywhere."""
         return None
 
-    def within(self, support: torch.Tensor) -> Self:
-        """The same grid with another support, bool [m, n]; only sparse sets have one."""
+    def within(self, support: torch.Tensor | None) -> Self:
+        """The same grid with another support, bool [m, n], or with none; for sparse sets only."""
         raise NotImplementedError(f"{type(self).__name__} has no support")
 
 

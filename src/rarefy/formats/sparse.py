@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from math import floor
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 
 from rarefy.errors import RarefyError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _SCOPES = ("row", "matrix", "free")
 _CHUNK = 128  # SparseGPT's block
+_NARROW = 256  # patterns are at most this wide
 
 
 @dataclass(frozen=True)
@@ -47,33 +49,43 @@ class SparseGrid(Grid):
     """A support and the grid of the values on it.
 
     Attributes:
-        mask: bool [m, n]. inner: grid of the values. form: the format.
+        mask: bool [m, n], or None while no support is chosen. inner: grid of the values.
+        form: the format.
     """
 
-    mask: torch.Tensor
+    mask: torch.Tensor | None
     inner: ElementGrid
     form: Sparse
 
     @property
-    def support(self) -> torch.Tensor:
+    def support(self) -> torch.Tensor | None:
         """Where values may differ from zero."""
         return self.mask
 
-    def within(self, support: torch.Tensor) -> Self:
+    def within(self, support: torch.Tensor | None) -> Self:
         """The same values on another support."""
-        return type(self)(support, self.inner, self.form.counted(support))
+        form = self.form if support is None else self.form.counted(support)
+        return type(self)(support, self.inner, form)
+
+    @property
+    def chosen(self) -> torch.Tensor:
+        """The support, which is there whenever a matrix is stored or cut."""
+        assert self.mask is not None
+        return self.mask
 
     def round(self, columns: torch.Tensor, at: int = 0) -> torch.Tensor:
         """Zero off the support, the nearest value on it; see :meth:`Grid.round`."""
+        if self.mask is None:
+            return self.inner.round(columns, at)
         on = self.mask[:, at : at + columns.shape[1]]
         return self.inner.round(columns, at).masked_fill(~on, 0)
 
     def encode(self, weight: torch.Tensor) -> Packed:
         """Codes on the support row by row, their places, and the values' parameters."""
-        codes = self.inner.codes(weight)[self.mask]
-        places = {"weight_mask": _bits(self.mask)}
+        codes = self.inner.codes(weight)[self.chosen]
+        places = {"weight_mask": _bits(self.chosen)}
         if self.form.of is not None:
-            groups = self.mask.reshape(-1, self.form.of)
+            groups = self.chosen.reshape(-1, self.form.of)
             offsets = groups.nonzero()[:, 1]
             places = {"weight_index": pack(offsets, self.form.index_bits)}
         return {
@@ -85,13 +97,13 @@ class SparseGrid(Grid):
 
     def rows(self, start: int, stop: int) -> Self:
         """The grid of some rows."""
-        mask = self.mask[start:stop]
+        mask = self.chosen[start:stop]
         return type(self)(mask, self.inner.rows(start, stop), self.form.counted(mask))
 
     @classmethod
     def join(cls, grids: Sequence[Self]) -> Self:
         """Neighbouring spans side by side."""
-        mask = torch.cat([grid.mask for grid in grids], 1)
+        mask = torch.cat([grid.chosen for grid in grids], 1)
         inner = type(grids[0].inner).join([grid.inner for grid in grids])
         return cls(mask, inner, grids[0].form.counted(mask))
 
@@ -307,10 +319,25 @@ class Sparse(Format):
 
 def _largest(scores: torch.Tensor, kept: int) -> torch.Tensor:
     """Mask of the ``kept`` largest entries along the last axis, exactly that many."""
-    places = scores.topk(kept, -1, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, places, True)
+    n = scores.shape[-1]
+    if n <= _NARROW or scores.device.type != "cpu":
+        places = scores.topk(kept, -1, sorted=False).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, places, True)
+    if kept == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # NumPy selects an order statistic ten times faster than torch's topk.
+    ordered = np.partition(scores.numpy(), n - kept, axis=-1)[..., n - kept, None]
+    least = torch.from_numpy(ordered)
+    above, equal = scores > least, scores == least
+    wanted = kept - above.sum(-1, keepdim=True)
+    if bool((equal.sum(-1, keepdim=True) != wanted).any()):
+        equal &= equal.cumsum(-1) <= wanted
+    return above | equal
 
 
 def _bits(mask: torch.Tensor) -> torch.Tensor:
-    """One bit a weight, rows padded to whole words: int32 [m, words]."""
-    return pack(mask.long(), 1)
+    """One bit a weight, first column lowest, rows padded to whole words: int32 [m, words]."""
+    n = mask.shape[1]
+    octets = np.packbits(mask.contiguous().cpu().numpy(), axis=1, bitorder="little")
+    missing = 4 * words_per_row(n, 1) - octets.shape[1]
+    return torch.from_numpy(np.pad(octets, ((0, 0), (0, missing)))).view(torch.int32)

@@ -15,6 +15,11 @@ holds both errors.
 Symbols: W [m, n], U [n, n] upper triangular, e [m].
 
 Where we differ, and why:
+ * ``refit`` goes on where the sweep stops: a column can make up only for those before it, so the
+   kept weights are not the best ones for the final mask. A few preconditioned conjugate-gradient
+   steps on ``tr((W - Q) H (W - Q)^T)``, all rows at once, come close to them for the price of as
+   many products with H. (Boza, *Fast and Effective Weight Update for Pruned Large Language Models*,
+   TMLR 2024, solves the same problem by ADMM.)
  * counts are exact, not off by one or by ties;
  * when H is not positive definite the damping is raised, and past the end of the ladder the matrix
    is pruned by the diagonal of H; the solution says so, it is never silent.
@@ -27,7 +32,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from rarefy.solvers.base import SOLVERS, Problem, Solution, Solver
+from rarefy.solvers.base import SOLVERS, Problem, Solution, Solver, output_error
 from rarefy.solvers.factor import damped_factor
 from rarefy.solvers.sweep import Plan, sweep
 
@@ -49,15 +54,20 @@ class SparseGPT(Solver):
 
     Attributes:
         damping: share of mean(diag(H)) added to the diagonal.
+        refit: steps of conjugate gradients on the kept weights after the sweep; 0 for the paper's
+            algorithm.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     damping: float = 0.01
+    refit: int = 0
 
     def __post_init__(self) -> None:
         if self.damping < 0:
             raise ValueError(f"damping must not be negative, and {self.damping} is")
+        if self.refit < 0:
+            raise ValueError(f"refit must not be negative, and {self.refit} is")
 
     def solve(self, problem: Problem, fmt: Format) -> Solution:
         """Sweep the columns in storage order; see the module's formula."""
@@ -74,12 +84,39 @@ class SparseGPT(Solver):
         pivots = None
         if grid.support is not None and problem.support is None:
             # The grids of the values come from the dense weights; the sweep finds the support.
-            grid = grid.within(torch.ones_like(W, dtype=torch.bool))
+            grid = grid.within(None)
             pivots = U.diagonal().square().reciprocal()
         block = _aligned(fmt.chunk or _BLOCK)
         plan = Plan(order, scores.sqrt(), block, grid, problem.support, pivots)
         done = sweep(W, U, fmt, plan)
-        return Solution(done.weight, done.grid, notes)
+        if not self.refit or done.grid.support is None:
+            return Solution(done.weight, done.grid, notes)
+        refitted = done.grid.round(self._refit(problem, done.weight, done.grid.support))
+        before, after = (
+            output_error(problem.weight, Q, problem.gram) for Q in (done.weight, refitted)
+        )
+        # Values that are rounded coarsely may lose by it what the steps have won.
+        return Solution(refitted if after < before else done.weight, done.grid, notes)
+
+    def _refit(self, problem: Problem, Q: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+        """Lower ``tr((W - Q) H (W - Q)^T)`` over the values on the support, all rows at once."""
+        assert problem.gram is not None
+        scores = problem.gram.diagonal()
+        H = problem.gram.clone()
+        H.diagonal().add_(self.damping * scores.mean())
+        M = H.diagonal().clamp(min=torch.finfo(H.dtype).tiny)
+        R = ((problem.weight - Q) @ H).mul_(support)
+        P = R / M
+        rho = (R * P).sum(1, keepdim=True)
+        tiny = torch.finfo(H.dtype).tiny
+        for _ in range(self.refit):
+            A = (P @ H).mul_(support)
+            step = rho / (P * A).sum(1, keepdim=True).clamp(min=tiny)
+            Q, R = Q + step * P, R - step * A
+            Z = R / M
+            before, rho = rho, (R * Z).sum(1, keepdim=True)
+            P = Z + rho / before.clamp(min=tiny) * P
+        return Q
 
 
 def _aligned(chunk: int) -> int:

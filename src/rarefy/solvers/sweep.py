@@ -117,7 +117,7 @@ class _Columns:
         chunk = self.fmt.chunk or 1
         if column % chunk == 0:
             self._choose(column, min(column + chunk, len(self.storage)))
-        return q.masked_fill_(~self.mask[:, column], 0)
+        return q.masked_fill(~self.mask[:, column], 0)
 
     def _choose(self, first: int, past: int) -> None:
         assert self.mask is not None and self.plan.pivots is not None
@@ -127,7 +127,11 @@ class _Columns:
     def grid(self) -> Grid:
         """The grid of the whole matrix."""
         if self.plan.fixed is not None:
-            return self.plan.fixed if self.mask is None else self.plan.fixed.within(self.mask)
+            return (
+                self.plan.fixed
+                if self.mask is None
+                else self.plan.fixed.within(self.mask.contiguous())
+            )
         parts = [self.fitted[first] for first in sorted(self.fitted)]
         return type(parts[0]).join(parts)
 
