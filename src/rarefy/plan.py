@@ -66,7 +66,8 @@ class Memory:
 
     Attributes:
         baseline: this process with its libraries and the empty model, measured.
-        capture: embeddings as stored and in fp32, the calibration activations, one batch's masks.
+        capture: embeddings as stored and in fp32, the calibration activations, one batch's masks;
+            or four copies of the blocks in fp32 where gradients are read.
         blocks: one block in fp32 and its packed bytes, the activations of all suspended passes,
             one batch's temporary ones, and the buffers of the widest solve: ``n^2`` in fp32 for
             the Gram and for its factor, in fp64 for the factorization, and three copies of the
@@ -255,6 +256,8 @@ def _memory(
         blocks += 16 * widest**2 + 3 * 4 * grouped
         capture = 6 * sum(e.weights for e in rest if e.weights > hidden)
         capture += 4 * hidden * (tokens + min(tokens, _CAPTURE_TOKENS))
+    if any("gradients" in stage.needs for stage in recipe.stages):
+        capture = max(capture, 4 * 4 * sum(sizes))
     outside = sum(e.bytes for e in rest)
     kept = min(capture + blocks, _KEPT)
     return Memory(psutil.Process().memory_info().rss, capture, blocks, outside, kept)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rarefy.allocate.base import Matrix, Share
+from rarefy.allocate.base import ALLOCATORS, Matrix, Share
 from rarefy.engine.capture import capture_all
 from rarefy.engine.observe import observe
 from rarefy.engine.skeleton import matrix_of
@@ -49,6 +49,7 @@ def _densities(
     """Density of every matrix, by block and node path."""
     batches: list[Batch] = []
     measures, shares = [], []
+    run.watcher.say(f"{ALLOCATORS.name_of(allocator)} measures every block first")
     with torch.no_grad():
         if allocator.needs and run.tokens is not None:
             batches = capture_all(skeleton, run.tokens.ids)
@@ -77,7 +78,6 @@ def _densities(
                     stats = seen[path].result() if path in seen else (None, None)
                     block[path] = Matrix(weight, gram=stats[0], moments=stats[1])
                 measures.append(allocator.measure(block))
-            run.watcher.say(f"measured block {index + 1} of {len(chosen.blocks)}")
     densities = allocator.spread(measures, shares)
     _check(densities, shares)
     return densities

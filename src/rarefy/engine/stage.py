@@ -17,7 +17,7 @@ from rarefy.engine.select import select
 from rarefy.engine.skeleton import Skeleton, set_matrix
 from rarefy.engine.walk import BlockTask, NodeResult, advance, compress_block, rounded_inputs
 from rarefy.recipe import describe, format_from
-from rarefy.resources import return_freed_memory
+from rarefy.resources import return_freed_memory, return_unused_pages
 from rarefy.solvers.base import Solver
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ def _compress(
         nodes.append(_entry(skeleton, node, result))
     notes = {"nodes": nodes, "seconds": time.perf_counter() - start}
     run.writer.add(f"{index:05d}", tensors, notes)
+    return_unused_pages()
 
 
 def _task(
@@ -178,6 +179,7 @@ def _task(
             for path, support in supports.items()
             if support is not None
         },
+        thrifty=skeleton.widest >= _LARGE,
     )
 
 

@@ -82,6 +82,8 @@ class BlockTask:
         needs: statistics to collect beside the solver's.
         inputs: node path -> how its input is rounded.
         supports: node path -> support that an earlier stage imposed, bool [m, n].
+        thrifty: give unused memory back around every solve; it is taken again page by page, which
+            small models feel more than they gain.
 
     Working state:
         results: node path -> what became of it.
@@ -97,6 +99,7 @@ class BlockTask:
     needs: frozenset[str] = frozenset()
     inputs: dict[str, Activation] = field(default_factory=dict)
     supports: dict[str, torch.Tensor] = field(default_factory=dict)
+    thrifty: bool = False
     results: dict[str, NodeResult] = field(default_factory=dict)
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -235,14 +238,16 @@ def _solve_group(task: BlockTask, group: tuple[Node, ...], seen: Collector | Non
             f"the input of {name} is NaN or infinite on the calibration text; "
             "check the model with `rarefy evaluate`, or its config, before compressing it"
         )
-    return_unused_pages()
+    if task.thrifty:
+        return_unused_pages()
     stacks: dict[tuple[Format, int], list[Node]] = defaultdict(list)
     for number, node in enumerate(task.chosen(group)):
         fmt = task.formats[node.path]
         stacks[fmt, 0 if fmt.rows_independent else number].append(node)
     for (fmt, _), nodes in stacks.items():
         _solve_stack(task, fmt, nodes, inputs)
-    return_unused_pages()
+    if task.thrifty:
+        return_unused_pages()
 
 
 @dataclass(frozen=True)

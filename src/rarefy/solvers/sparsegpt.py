@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from rarefy.solvers.base import SOLVERS, Problem, Solution, Solver, output_error
+from rarefy.solvers.base import SOLVERS, Problem, Solution, Solver
 from rarefy.solvers.factor import damped_factor
 from rarefy.solvers.sweep import Plan, sweep
 
 if TYPE_CHECKING:
-    from rarefy.formats.base import Format
+    from rarefy.formats.base import Format, Grid
 
 _BLOCK = 32  # columns per lazy update
 
@@ -91,32 +91,38 @@ class SparseGPT(Solver):
         done = sweep(W, U, fmt, plan)
         if not self.refit or done.grid.support is None:
             return Solution(done.weight, done.grid, notes)
-        refitted = done.grid.round(self._refit(problem, done.weight, done.grid.support))
-        before, after = (
-            output_error(problem.weight, Q, problem.gram) for Q in (done.weight, refitted)
-        )
-        # Values that are rounded coarsely may lose by it what the steps have won.
-        return Solution(refitted if after < before else done.weight, done.grid, notes)
+        refitted = self._refit(problem, done.weight, done.grid)
+        return Solution(refitted, done.grid, notes)
 
-    def _refit(self, problem: Problem, Q: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-        """Lower ``tr((W - Q) H (W - Q)^T)`` over the values on the support, all rows at once."""
-        assert problem.gram is not None
-        scores = problem.gram.diagonal()
-        H = problem.gram.clone()
-        H.diagonal().add_(self.damping * scores.mean())
-        M = H.diagonal().clamp(min=torch.finfo(H.dtype).tiny)
-        R = ((problem.weight - Q) @ H).mul_(support)
-        P = R / M
-        rho = (R * P).sum(1, keepdim=True)
+    def _refit(self, problem: Problem, swept: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Lower ``tr((W - Q) H (W - Q)^T)`` over the values on the support, all rows at once.
+
+        Values that are rounded coarsely may lose by it what the steps have won; then the sweep's
+        result stays.
+        """
+        W, H, support = problem.weight, problem.gram, grid.support
+        assert H is not None and support is not None
+        H = H.clone()
+        H.diagonal().add_(self.damping * H.diagonal().mean())
         tiny = torch.finfo(H.dtype).tiny
+        inverse = H.diagonal().clamp(min=tiny).reciprocal()
+        R = (W - swept) @ H
+        before = float(torch.linalg.vecdot(W - swept, R).sum(dtype=torch.float64))
+        R.mul_(support)
+        Q, P = swept.clone(), R * inverse
+        rho = torch.linalg.vecdot(R, P).unsqueeze(1)
         for _ in range(self.refit):
             A = (P @ H).mul_(support)
-            step = rho / (P * A).sum(1, keepdim=True).clamp(min=tiny)
-            Q, R = Q + step * P, R - step * A
-            Z = R / M
-            before, rho = rho, (R * Z).sum(1, keepdim=True)
-            P = Z + rho / before.clamp(min=tiny) * P
-        return Q
+            step = rho / torch.linalg.vecdot(P, A).unsqueeze(1).clamp(min=tiny)
+            Q.addcmul_(P, step)
+            R.addcmul_(A, step, value=-1)
+            Z = torch.mul(R, inverse, out=A)
+            last, rho = rho, torch.linalg.vecdot(R, Z).unsqueeze(1)
+            P.mul_(rho / last.clamp(min=tiny)).add_(Z)
+        Q = grid.round(Q)
+        D = W - Q
+        after = float(torch.linalg.vecdot(D, D @ H).sum(dtype=torch.float64))
+        return Q if after < before else swept
 
 
 def _aligned(chunk: int) -> int:
