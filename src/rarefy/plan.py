@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rarefy.recipe import Recipe
 
 _KEPT = 150_000_000  # bytes, seen on models of 0.1 to 1 GB
-_CAPTURE_TOKENS = 4096  # tokens of one batch; see engine.capture.capture_all
+_CAPTURE_TOKENS = 1024  # tokens of one batch; see engine.capture.capture_all
 
 
 @dataclass(frozen=True)

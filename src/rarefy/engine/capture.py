@@ -100,8 +100,11 @@ def outside(skeleton: Skeleton) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def capture_all(skeleton: Skeleton, ids: torch.Tensor, batch_tokens: int = 4096) -> list[Batch]:
-    """Capture calibration tokens [N, L] in batches of about ``batch_tokens`` tokens."""
+def capture_all(skeleton: Skeleton, ids: torch.Tensor, batch_tokens: int = 1024) -> list[Batch]:
+    """Capture calibration tokens [N, L] in batches of about ``batch_tokens`` tokens.
+
+    Larger batches leave the cache between one operation and the next and are slower.
+    """
     size = max(1, batch_tokens // ids.shape[1])
     modules = outside(skeleton)
     for name, module in modules:
