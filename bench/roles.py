@@ -63,6 +63,8 @@ def main() -> None:
         for name in wanted:
             run(report, f"planted {name}", name, (work / "planted", work), options)
     table(report)
+    if options.markdown:
+        options.markdown.write_text(markdown(report))
     close(options.out, report, judge(report["rows"]))
 
 
@@ -76,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--windows", type=int, nargs=2, default=(8, 512), metavar=("N", "L"))
     parser.add_argument("--only", default="*", help="glob over the rows' names")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     parser.add_argument("--work", type=Path, help="folder for the results (default: temporary)")
     parser.add_argument("--out", type=Path, default=OUT / "roles.json")
     return parser.parse_args()
@@ -121,21 +124,56 @@ def run(
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def table(report: dict[str, Any]) -> None:
-    """Print the rows, best first, the dense model above them."""
+HEAD = ("", "KL to dense", "ppl", "top-1", "MB", "bits, linears", "s", "peak GB")
+
+
+def body(report: dict[str, Any]) -> list[tuple[object, ...]]:
+    """The rows, best first, the dense model above them."""
     rows = report["rows"]
     if not rows:
-        sys.exit("no recipe matches --only")
-    any_row = next(iter(rows.values()))
-    body = [("dense", 0.0, any_row["perplexity_dense"], 1.0, any_row["bytes_dense"] / 1e6,
-             16.0, "", "")]  # fmt: skip
-    body += [
-        (name, row["kl"]["value"], row["perplexity"], row["agreement"], row["bytes"] / 1e6,
-         row["bits_linear"], row["seconds"], row["peak_bytes"] / 1e9)
-        for name, row in sorted(rows.items(), key=lambda item: item[1]["kl"]["value"])
+        sys.exit("no recipe matches --only, and the report holds no row")
+    dense = next(row for name, row in rows.items() if not name.startswith("planted"))
+    return [
+        ("dense", 0.0, dense["perplexity_dense"], 1.0, dense["bytes_dense"] / 1e6, 16.0, "", ""),
+        *(
+            (name, row["kl"]["value"], row["perplexity"], row["agreement"], row["bytes"] / 1e6,
+             row["bits_linear"], row["seconds"], row["peak_bytes"] / 1e9)
+            for name, row in sorted(rows.items(), key=lambda item: item[1]["kl"]["value"])
+        ),
     ]  # fmt: skip
-    head = ("", "KL to dense", "ppl", "top-1", "MB", "bits, linears", "s", "peak GB")
-    show("the reference is the dense 16-bit model", head, body)
+
+
+def table(report: dict[str, Any]) -> None:
+    """Print the table."""
+    show("the reference is the dense 16-bit model", HEAD, body(report))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table as docs/roles.md, with the orders that were expected."""
+    settings, rows = report["settings"], report["rows"]
+    windows = " x ".join(map(str, settings["windows"]))
+    lines = [
+        "# Every layer-wise method on one model",
+        "",
+        "Written by `python bench/roles.py --markdown docs/roles.md`; see docs/benchmarks.md.",
+        f"Model `{settings['model']}`, {settings['sequences']} x {settings['length']} calibration",
+        f"tokens of `{settings['text']}`, {windows} held-out tokens of `wiki`. The reference is the",
+        "dense 16-bit model, for rows named `planted` the one with planted outliers.",
+        "",
+        "| " + " | ".join(("recipe", *HEAD[1:])) + " |",
+        "|:--|" + "--:|" * (len(HEAD) - 1),
+    ]
+    for row in body(report):
+        cells = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row)
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| Expected | KL | | Holds |", "|:--|--:|--:|:--|"]
+    for better, worse in LESS:
+        if better in rows and worse in rows:
+            pair = [rows[name]["kl"]["value"] for name in (better, worse)]
+            holds = "yes" if pair[0] < pair[1] else "no"
+            figures = " | ".join(f"{value:.4f}" for value in pair)
+            lines.append(f"| `{better}` below `{worse}` | {figures} | {holds} |")
+    return "\n".join(lines) + "\n"
 
 
 def judge(rows: dict[str, Any]) -> list[Criterion]:
