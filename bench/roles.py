@@ -156,7 +156,7 @@ def markdown(report: dict[str, Any]) -> str:
         "# Every layer-wise method on one model",
         "",
         "Written by `python bench/roles.py --markdown docs/roles.md`; see docs/benchmarks.md.",
-        f"Model `{settings['model']}`, calibrated on {settings['sequences']} x {settings['length']}",
+        f"Model `{settings['model']}`, {settings['sequences']} x {settings['length']} calibration",
         f"tokens of `{settings['text']}`, judged on {windows} held-out tokens of `wiki`.",
         "The reference is the dense 16-bit model, for rows named `planted` the one with planted",
         "outliers.",
