@@ -38,7 +38,7 @@ def run_transform(run: StageRun, manifest: dict[str, Any]) -> None:
     """
     start = time.perf_counter()
     skeleton = Skeleton(run.source, run.device)
-    _refuse(skeleton, run)
+    skeleton.demand_dense(run.stage.name, "transforms", "changes weights")
     batches: list[Batch] = []
     count = len(skeleton.blocks)
     with torch.no_grad():
@@ -53,20 +53,6 @@ def run_transform(run: StageRun, manifest: dict[str, Any]) -> None:
     edges = [edge for part in parts for edge in run.writer.notes(part)]
     close_dense(run, skeleton, manifest, {"edges": edges}, start)
     run.writer.finish(["outside", *parts])
-
-
-def _refuse(skeleton: Skeleton, run: StageRun) -> None:
-    if not skeleton.map.proved:
-        raise RarefyError(
-            f"model type {skeleton.map.family!r} has no proved map, so {run.stage.name} does not "
-            "know which weights belong together; use a recipe without transforms"
-        )
-    if skeleton.earlier:
-        name, fmt = next(iter(skeleton.earlier.items()))
-        raise RarefyError(
-            f"{name} is stored as {fmt.label()} already, and {run.stage.name} changes weights; "
-            "start from the dense model"
-        )
 
 
 def _fold_block(run: StageRun, skeleton: Skeleton, index: int, batches: list[Batch]) -> None:

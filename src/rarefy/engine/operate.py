@@ -88,22 +88,11 @@ def sizes_after(skeleton: Skeleton, stage: Stage) -> Sizes:
 
 
 def _refuse(skeleton: Skeleton, stage: Stage) -> None:
-    family, name = skeleton.map.family, stage.name
-    if not skeleton.map.proved:
-        raise RarefyError(
-            f"model type {family!r} has no proved map, so {name} does not know which weights "
-            "belong together; use a recipe without surgery"
-        )
+    skeleton.demand_dense(stage.name, "surgery", "cuts dense weights")
     if skeleton.map.experts is not None:
         raise RarefyError(
-            f"{family} is a mixture of experts, and {name} cuts dense models only; "
-            "use a recipe without surgery"
-        )
-    if skeleton.earlier:
-        first, fmt = next(iter(skeleton.earlier.items()))
-        raise RarefyError(
-            f"{first} is stored as {fmt.label()} already, and {name} cuts dense weights; "
-            "start from the dense model"
+            f"{skeleton.map.family} is a mixture of experts, and {stage.name} cuts dense models "
+            "only; use a recipe without surgery"
         )
 
 

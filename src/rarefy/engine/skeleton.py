@@ -96,7 +96,6 @@ class Skeleton:
             for block in self.blocks:
                 split_experts(block, self.map.experts)
         self.split = any(self.in_experts(name) for name in self.earlier)
-
         self._factored: set[str] = set()
         if factored:
             self.open_factors()
@@ -114,6 +113,27 @@ class Skeleton:
             if rank is not None:
                 factorize(self.model, name, rank)
                 self._factored.add(name)
+
+    def demand_dense(self, method: str, role: str, does: str) -> None:
+        """Refuse a model whose weights a transform or a surgery may not change.
+
+        Args:
+            method: its name. role: "transforms" or "surgery". does: "changes weights", for one.
+
+        Raises:
+            RarefyError: nobody knows which weights belong together, or some are compressed.
+        """
+        if not self.map.proved:
+            raise RarefyError(
+                f"model type {self.map.family!r} has no proved map, so {method} does not know "
+                f"which weights belong together; use a recipe without {role}"
+            )
+        if self.earlier:
+            name, fmt = next(iter(self.earlier.items()))
+            raise RarefyError(
+                f"{name} is stored as {fmt.label()} already, and {method} {does}; "
+                "start from the dense model"
+            )
 
     def nodes(self, block: int) -> ModelMap:
         """The map of one block, in which each factorized linear is two."""

@@ -23,12 +23,10 @@ import torch
 
 from rarefy.errors import RarefyError
 from rarefy.formats.base import FORMATS, Format, Grid, Packed
+from rarefy.formats.floating import Float
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-_TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class LowRankGrid(Grid):
 
     def encode(self, weight: torch.Tensor) -> Packed:
         """The two factors."""
-        stored = _TORCH[self.form.stored]
+        stored = self.form.factor.kind
         return {
             "first.weight": self.first.to(stored).contiguous(),
             "second.weight": self.second.to(stored).contiguous(),
@@ -94,15 +92,12 @@ class LowRank(Format):
             raise ValueError(f"ratio must lie in (0, 1), and {self.ratio} does not")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if self.dtype is not None and self.dtype not in _TORCH:
-            raise ValueError(
-                f"dtype must be null or one of {', '.join(_TORCH)}, not {self.dtype!r}"
-            )
+        Float(self.dtype)  # refuses other types
 
     @property
-    def stored(self) -> str:
-        """Type of the factors."""
-        return self.dtype or "float16"
+    def factor(self) -> Float:
+        """Format of each factor."""
+        return Float(self.dtype)
 
     @property
     def density(self) -> float:  # type: ignore[override]
@@ -143,11 +138,11 @@ class LowRank(Format):
         """
         rank = self.inner_width(*weight.shape)
         second, first = truncate(weight, rank, importance)
-        kind = _TORCH[self.stored]
+        kind = self.factor.kind
         second, first = (f.to(kind).to(weight.dtype) for f in (second, first))
         if not bool(torch.isfinite(second).all() and torch.isfinite(first).all()):
-            raise RarefyError(f"a factor is beyond the range of {self.stored}; give dtype bfloat16")
-        return LowRankGrid(second, first, replace(self, rank=rank, dtype=self.stored))
+            raise RarefyError(f"a factor is beyond the range of {kind}; give dtype bfloat16")
+        return LowRankGrid(second, first, replace(self, rank=rank, dtype=self.dtype or "float16"))
 
     def decode(
         self, packed: Mapping[str, torch.Tensor], rows: slice | torch.Tensor | None = None
@@ -158,18 +153,19 @@ class LowRank(Format):
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Stored tensors; see :meth:`Format.layout`."""
-        rank, kind = self.inner_width(rows, columns), _STORED[self.stored]
-        return {"first.weight": ((rank, columns), kind), "second.weight": ((rows, rank), kind)}
+        rank = self.inner_width(rows, columns)
+        shapes = {"first.weight": (rank, columns), "second.weight": (rows, rank)}
+        kind = self.factor.label().upper()
+        return {suffix: (shape, kind) for suffix, shape in shapes.items()}
 
     def for_dtype(self, dtype: str) -> Self:
         """The checkpoint's own type, unless one was asked for."""
-        names = {stored: name for name, stored in _STORED.items()}
-        return replace(self, dtype=self.dtype or names.get(dtype, "float16"))
+        return replace(self, dtype=self.factor.for_dtype(dtype).dtype)
 
     def label(self) -> str:
         """For example ``low-rank 80% f16``."""
         what = f"rank {self.rank}" if self.rank else f"low-rank {100 * self.ratio:.4g}%"
-        return f"{what} {_STORED[self.stored].lower()}"
+        return f"{what} {self.factor.label()}"
 
 
 def _product(second: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
