@@ -28,7 +28,7 @@ from rarefy.checkpoint.reader import Checkpoint, parameters
 from rarefy.checkpoint.state import State, read_state
 from rarefy.engine.importance import gradients, score_widths
 from rarefy.engine.redundancy import choose_blocks
-from rarefy.engine.resize import parts_of
+from rarefy.maps.units import parts_of
 from rarefy.engine.skeleton import Skeleton
 from rarefy.errors import RarefyError
 from rarefy.formats.integer import Int

@@ -178,7 +178,10 @@ def plan(
         skeleton.open_factors()
     formats = {name: fmt for name, fmt in skeleton.earlier.items() if name not in before}
     lines = tuple(_lines(skeleton, formats, kept))
-    reason = obstacle(skeleton.stored_matrices(skeleton.earlier, inputs)) or ""
+    # Which block loses how much is known only when the units have been scored.
+    ranked = any(getattr(stage.method, "ranking", "block") == "model" for stage in wanted.stages)
+    uneven = ranked or bool(skeleton.widths)
+    reason = obstacle(skeleton.stored_matrices(skeleton.earlier, inputs), uneven) or ""
     return Plan(
         model=str(model),
         recipe=wanted.name,

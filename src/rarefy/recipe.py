@@ -159,11 +159,18 @@ def presets() -> dict[str, Path]:
 def load_recipe(ref: str | Path) -> Recipe:
     """Read a preset by name or a recipe file by path, and check it.
 
+    Args:
+        ref: ``wanda-50``, ``mine.yaml``, or either with other values for options that it sets,
+            ``wanda-50@sparsity=0.3`` or ``gptq-int4-g64@bits=3,group=32``.
+
     Raises:
         RarefyError: no such recipe, not YAML, or a key or value that does not fit.
     """
     known = presets()
-    path = known.get(str(ref), Path(ref))
+    path, edits = known.get(str(ref), Path(ref)), ""
+    if not path.is_file():
+        base, _, edits = str(ref).partition("@")
+        path = known.get(base, Path(base))
     if not path.is_file():
         raise RarefyError(f"there is no recipe {str(ref)!r}{suggest(str(ref), list(known))}")
     try:
@@ -173,7 +180,28 @@ def load_recipe(ref: str | Path) -> Recipe:
         raise RarefyError(f"{path} is not valid YAML: {flat}") from error
     if not isinstance(data, dict):
         raise RarefyError(f"{path} must be a mapping with the key stages")
-    return parse_recipe(data, path.stem)
+    if not edits:
+        return parse_recipe(data, path.stem)
+    for edit in edits.split(","):
+        key, _, value = edit.partition("=")
+        if not value or not _replace(data.get("stages"), key.strip(), yaml.safe_load(value)):
+            raise RarefyError(
+                f"recipe {ref}: {edit!r} is not key=value with a key that {path.stem} sets"
+            )
+    name = f"{path.stem}@{edits}"
+    return parse_recipe(data | {"name": name}, name)
+
+
+def _replace(data: object, key: str, value: object) -> bool:
+    """Set ``key`` wherever plain data has it; whether it has it anywhere."""
+    if isinstance(data, list):
+        return sum(_replace(item, key, value) for item in data) > 0
+    if not isinstance(data, dict):
+        return False
+    below = sum(_replace(item, key, value) for item in data.values())
+    if key in data:
+        data[key] = value
+    return key in data or below > 0
 
 
 def parse_recipe(data: dict[str, Any], name: str) -> Recipe:

@@ -40,7 +40,7 @@ def write_config(
     if skeleton.tied and skeleton.map.head in formats:
         config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization_config(
-        skeleton.stored_matrices(formats, inputs), dense_linears(skeleton, formats)
+        skeleton.stored_matrices(formats, inputs), dense_linears(skeleton, formats), skeleton.widths
     )
     write_json(folder / "config.json", config)
 

@@ -8,10 +8,10 @@ import torch
 
 from rarefy.engine.capture import capture_all
 from rarefy.engine.observe import observe
-from rarefy.engine.resize import parts_of
 from rarefy.engine.skeleton import is_transposed, matrix_of
 from rarefy.engine.whole import next_token_loss, whole
 from rarefy.maps.model_map import dims_of
+from rarefy.maps.units import parts_of
 from rarefy.surgery.base import Member, Outputs, Units
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rarefy.engine.capture import Batch
-    from rarefy.engine.resize import Part
     from rarefy.engine.skeleton import Skeleton
+    from rarefy.maps.units import Part
     from rarefy.surgery.base import Kind, WidthSurgery
 
 Gradients = dict[str, tuple[torch.Tensor, torch.Tensor]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from math import floor
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ from rarefy.checkpoint.writer import write_json
 from rarefy.engine.close import close, history
 from rarefy.engine.importance import score_widths
 from rarefy.engine.redundancy import choose_blocks
-from rarefy.engine.resize import Sizes, check_opens, cut, parts_of, resized_config, units_in
+from rarefy.engine.resize import Sizes, check_opens, resized_config
 from rarefy.engine.skeleton import Skeleton
 from rarefy.engine.stage import untouched
 from rarefy.errors import RarefyError
 from rarefy.maps.model_map import dims_of
+from rarefy.maps.units import cut, parts_of, units_in
 from rarefy.surgery.base import DepthSurgery, WidthSurgery
 
 if TYPE_CHECKING:
@@ -48,8 +50,9 @@ def run_surgery(run: StageRun, manifest: dict[str, Any]) -> None:
         run.writer.add(_CHOICE, _choose(skeleton, run), _spent(start))
     scored = time.perf_counter()
     choice = run.writer.read(_CHOICE)
-    gone = _gone(choice, wanted)
-    sizes = _sizes(skeleton, run.stage, choice.get("removed"))
+    gone = _gone(choice, wanted, getattr(run.stage.method, "ranking", "block"))
+    sizes = _left_by(skeleton, wanted, choice, gone)
+    check_opens(skeleton, sizes)
     for new in range(len(sizes.blocks)):
         _cut_block(run, skeleton, sizes, new, gone)
         run.watcher.step(new + 1, len(sizes.blocks))
@@ -96,8 +99,8 @@ def _refuse(skeleton: Skeleton, stage: Stage) -> None:
         )
 
 
-def _sizes(skeleton: Skeleton, stage: Stage, removed: torch.Tensor | None = None) -> Sizes:
-    """What is to be left; as long as ``removed`` is not known, the first blocks stand for it.
+def _sizes(skeleton: Skeleton, stage: Stage) -> Sizes:
+    """What is to be left, as if the first blocks stayed and units went from all blocks alike.
 
     Raises:
         RarefyError: a share of less than one unit, or more blocks than there are.
@@ -111,17 +114,34 @@ def _sizes(skeleton: Skeleton, stage: Stage, removed: torch.Tensor | None = None
                 f"{stage.name} is to remove {method.blocks} of {count} blocks, and with "
                 f"protect: {method.protect} no more than {free} may go; ask for fewer blocks"
             )
-        going = range(count - method.blocks, count) if removed is None else removed.tolist()
-        blocks = tuple(i for i in range(count) if i not in going)
-        if not blocks:
+        stays = count - method.blocks
+        if not stays:
             raise RarefyError(f"{stage.name} would remove every block; ask for fewer blocks")
-        return Sizes(blocks, dims.kv, dims.intermediate)
+        return Sizes(tuple(range(stays)), (dims.kv,) * stays, (dims.intermediate,) * stays)
     assert isinstance(method, WidthSurgery)
     left = {
         kind: _left(units_in(dims, kind), share, f"{stage.name}, {kind}")
         for kind, share in zip(_KINDS, (method.heads, method.neurons), strict=True)
     }
-    return Sizes(tuple(range(count)), left["heads"], left["neurons"])
+    return Sizes(tuple(range(count)), (left["heads"],) * count, (left["neurons"],) * count)
+
+
+def _left_by(
+    skeleton: Skeleton,
+    wanted: Sizes,
+    choice: dict[str, torch.Tensor],
+    gone: dict[Kind, tuple[torch.Tensor, ...]],
+) -> Sizes:
+    """What is left once it is known which blocks or units go."""
+    if "removed" in choice:
+        going = choice["removed"].tolist()
+        blocks = (i for i in range(len(skeleton.blocks)) if i not in going)
+        return replace(wanted, blocks=tuple(blocks))
+    left = {
+        str(kind): tuple(choice[kind].shape[1] - len(units) for units in blocks)
+        for kind, blocks in gone.items()
+    }
+    return replace(wanted, **left)
 
 
 def _left(units: int, share: float, what: str) -> int:
@@ -171,18 +191,37 @@ def _rows(run: StageRun) -> torch.Tensor | None:
     return run.tokens.ids[:samples, :tokens]
 
 
-def _gone(choice: dict[str, torch.Tensor], sizes: Sizes) -> dict[Kind, torch.Tensor]:
-    """Units to cut, the lowest of each block: kind -> indices [blocks, units], ascending."""
-    left: dict[Kind, int] = {"heads": sizes.heads, "neurons": sizes.neurons}
-    return {
-        kind: scores.argsort(dim=1, stable=True)[:, : scores.shape[1] - left[kind]].sort().values
-        for kind in _KINDS
-        if (scores := choice.get(kind)) is not None
-    }
+def _gone(
+    choice: dict[str, torch.Tensor], sizes: Sizes, ranking: str
+) -> dict[Kind, tuple[torch.Tensor, ...]]:
+    """Units to cut: kind -> ascending indices for each block.
+
+    The lowest of every block, or ("model") as many of all blocks together; a unit of every block
+    stays then, so that no block loses its attention or its MLP.
+    """
+    left: dict[Kind, tuple[int, ...]] = {"heads": sizes.heads, "neurons": sizes.neurons}
+    found: dict[Kind, tuple[torch.Tensor, ...]] = {}
+    for kind in _KINDS:
+        if (scores := choice.get(kind)) is None:
+            continue
+        order = scores.argsort(dim=1, stable=True)
+        going = [scores.shape[1] - stays for stays in left[kind]]
+        if ranking == "model":
+            free = scores.clone()
+            free.scatter_(1, order[:, -1:], torch.inf)
+            lowest = free.flatten().argsort(stable=True)[: sum(going)]
+            going = (lowest // scores.shape[1]).bincount(minlength=len(scores)).tolist()
+        rows = zip(order, going, strict=True)
+        found[kind] = tuple(row[:count].sort().values for row, count in rows)
+    return found
 
 
 def _cut_block(
-    run: StageRun, skeleton: Skeleton, sizes: Sizes, new: int, gone: dict[Kind, torch.Tensor]
+    run: StageRun,
+    skeleton: Skeleton,
+    sizes: Sizes,
+    new: int,
+    gone: dict[Kind, tuple[torch.Tensor, ...]],
 ) -> None:
     """Write what is left of a block under its new number."""
     if run.writer.has(f"{new:05d}"):
@@ -212,7 +251,9 @@ def _count(tensors: dict[str, torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def _account(choice: dict[str, torch.Tensor], gone: dict[Kind, torch.Tensor]) -> dict[str, Any]:
+def _account(
+    choice: dict[str, torch.Tensor], gone: dict[Kind, tuple[torch.Tensor, ...]]
+) -> dict[str, Any]:
     """What the history says was removed, and why.
 
     Neurons are too many to list the score of each: ``lost`` is the share of each block's total
@@ -221,9 +262,11 @@ def _account(choice: dict[str, torch.Tensor], gone: dict[Kind, torch.Tensor]) ->
     if "removed" in choice:
         return {"removed": choice["removed"].tolist(), "scores": choice["blocks"].tolist()}
     lost = {
-        kind: (choice[kind].gather(1, units).sum(1) / choice[kind].sum(1)).tolist()
+        kind: [
+            float(row[at].sum() / row.sum()) for row, at in zip(choice[kind], units, strict=True)
+        ]
         for kind, units in gone.items()
     }
     scores = {"heads": choice["heads"].tolist()} if "heads" in choice else {}
-    removed = {kind: units.tolist() for kind, units in gone.items()}
+    removed = {kind: [at.tolist() for at in units] for kind, units in gone.items()}
     return {"removed": removed, "scores": scores, "lost": lost}

@@ -20,6 +20,7 @@ from rarefy.maps.catalogue import map_for
 from rarefy.maps.discover import longest_block_list
 from rarefy.maps.experts import split_experts
 from rarefy.maps.model_map import ModelMap, Node, dims_of
+from rarefy.maps.units import narrow, widths_in
 from rarefy.runtime.factored import Factored, factorize
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Skeleton:
         map: the model map, expanded over experts.
         blocks: the decoder blocks.
         earlier: module-side name -> format of matrices that earlier stages compressed.
+        widths: kind of unit -> how many each block has, where blocks differ.
         split: experts are written one by one under their module names; set once a stage
             compresses one of them.
 
@@ -91,6 +93,9 @@ class Skeleton:
         family = map_for(self.model.config)
         path = family.blocks if family else longest_block_list(self.model)
         self.map = family.expanded(dims_of(self.model.config)) if family else self._unknown(path)
+        self.widths = widths_in(checkpoint.config if config is None else config)
+        if self.widths:
+            narrow(self.model, self.map, self.widths)
         self.blocks: nn.ModuleList = self.model.get_submodule(path)
         if self.map.experts is not None:
             for block in self.blocks:
@@ -127,6 +132,11 @@ class Skeleton:
             raise RarefyError(
                 f"model type {self.map.family!r} has no proved map, so {method} does not know "
                 f"which weights belong together; use a recipe without {role}"
+            )
+        if self.widths:
+            raise RarefyError(
+                f"the blocks of {self.checkpoint.path} differ in width, and {method} handles "
+                "blocks of one width only; let it come before the surgery, or rank block by block"
             )
         if self.earlier:
             name, fmt = next(iter(self.earlier.items()))

@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -257,6 +257,7 @@ class _Inputs:
     gram: torch.Tensor | None = None
     moments: Moments | None = None
     tokens: int = 0
+    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 def _solve_stack(task: BlockTask, fmt: Format, nodes: list[Node], inputs: _Inputs) -> None:
@@ -301,6 +302,7 @@ def _problem(task: BlockTask, nodes: list[Node], inputs: _Inputs) -> Problem:
         gram=inputs.gram,
         moments=inputs.moments,
         support=torch.cat(given) if given else None,
+        shared=inputs.shared,
     )
 
 

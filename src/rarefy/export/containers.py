@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from rarefy.formats.activation import Activation
     from rarefy.formats.base import Format
+    from rarefy.surgery.base import Kind
 
 _PACK_BITS = (2, 4, 8)
 
@@ -44,8 +45,15 @@ class Stored:
     input: Activation | None = None
 
 
-def obstacle(nodes: Mapping[str, Stored]) -> str | None:
-    """Why compressed-tensors cannot hold these matrices, or None when it can."""
+def obstacle(nodes: Mapping[str, Stored], uneven: bool = False) -> str | None:
+    """Why compressed-tensors cannot hold these matrices, or None when it can.
+
+    Args:
+        nodes: stored module name -> compressed matrix.
+        uneven: whether the blocks differ in width.
+    """
+    if uneven:
+        return "the blocks differ in width, which no config of transformers can say"
     if len({node.fmt for node in nodes.values()}) > 1:
         return "several formats are mixed, which stock loaders decode by the first one's settings"
     for name, node in nodes.items():
@@ -61,23 +69,27 @@ def obstacle(nodes: Mapping[str, Stored]) -> str | None:
     return None
 
 
-def quantization_config(nodes: Mapping[str, Stored], dense: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    nodes: Mapping[str, Stored], dense: Sequence[str], widths: Mapping[Kind, Sequence[int]]
+) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint.
 
     Args:
         nodes: stored module name -> compressed matrix.
         dense: stored names of the linears that stay dense.
+        widths: kind of unit -> how many each block has; empty where all blocks are alike.
     """
     by_scheme: dict[tuple[Format, Activation | None], list[str]] = defaultdict(list)
     for name, node in nodes.items():
         by_scheme[node.fmt, node.input].append(name)
-    if obstacle(nodes) is not None:
+    if obstacle(nodes, bool(widths)) is not None:
         groups = [
             {"scheme": describe(fmt), "modules": names}
             | ({} if rounding is None else {"input": describe(rounding)})
             for (fmt, rounding), names in by_scheme.items()
         ]
-        return {"quant_method": "rarefy", "version": 1, "groups": groups}
+        ours = {"quant_method": "rarefy", "version": 1, "groups": groups}
+        return ours | ({"widths": dict(widths)} if widths else {})
     [(fmt, _)] = by_scheme
     assert isinstance(fmt, Int)
     group = {

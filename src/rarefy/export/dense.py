@@ -13,6 +13,7 @@ from rarefy.checkpoint.travel import travel
 from rarefy.checkpoint.writer import Writer, write_json
 from rarefy.engine.skeleton import Skeleton
 from rarefy.errors import RarefyError
+from rarefy.export.containers import quantization_config
 from rarefy.registry import suggest
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 def export_dense(directory: Path, out: Path, dtype: str | None = None) -> None:
     """Write a folder that rarefy compressed as a plain checkpoint.
+
+    Blocks of different width stay so, and only rarefy's loader opens such a checkpoint.
 
     Args:
         directory: the compressed folder, of either container.
@@ -50,6 +53,8 @@ def export_dense(directory: Path, out: Path, dtype: str | None = None) -> None:
             writer.add(part, _tensors(skeleton, names, dtype), None)
     config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "dtype")}
     config.pop("torch_dtype", None)
+    if skeleton.widths:
+        config["quantization_config"] = quantization_config({}, (), skeleton.widths)
     write_json(writer.folder / "config.json", config | {"dtype": dtype or _kept_type(skeleton)})
     travel(source.path, writer.folder)
     writer.finish(list(parts))

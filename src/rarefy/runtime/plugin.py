@@ -24,6 +24,7 @@ from rarefy.errors import RarefyError
 from rarefy.maps.catalogue import map_for
 from rarefy.maps.experts import split_experts
 from rarefy.maps.model_map import ModelMap, dims_of
+from rarefy.maps.units import narrow
 from rarefy.recipe import activation_from, format_from
 from rarefy.runtime.factored import factorize
 from rarefy.runtime.packed import PackedEmbedding, PackedLinear, TiedHead
@@ -42,12 +43,16 @@ class RarefyConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version: of the container.
         groups: [{"scheme": format as plain data, "modules": stored module names}, ...], with
             "input", an activation format as plain data, where inputs are rounded.
+        widths: kind of unit -> how many each block has, where blocks differ.
     """
 
-    def __init__(self, version: int = _VERSION, groups: Any = (), **_: Any) -> None:
+    def __init__(
+        self, version: int = _VERSION, groups: Any = (), widths: Any = None, **_: Any
+    ) -> None:
         self.quant_method = "rarefy"
         self.version = version
         self.groups = list(groups)
+        self.widths = dict(widths or {})
 
 
 class RarefyQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -69,6 +74,9 @@ class RarefyQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         groups = self.quantization_config.groups
+        known = map_for(model.config)
+        if self.quantization_config.widths and known is not None:
+            narrow(model, known, self.quantization_config.widths)
         stored = {name: group for group in groups for name in group["modules"]}
         names = _module_names(model, set(stored))
         # Factors are modules of their own, which must be there before one of them is packed.

@@ -8,8 +8,8 @@ in the format and that the quantity it claims to lower falls below that of plain
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -31,6 +31,8 @@ class Problem:
         moments: per-channel moments of the inputs, or None.
         support: where the result may differ from zero, bool [m, n], as an earlier stage imposed
             it; None when everywhere.
+        shared: what was computed from the statistics alone, kept for the other matrices that read
+            the same input.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Problem:
     gram: torch.Tensor | None = None
     moments: Moments | None = None
     support: torch.Tensor | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

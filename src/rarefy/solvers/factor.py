@@ -33,6 +33,16 @@ def damped_factor(
     Returns:
         U, or None past the end of the ladder, and a sentence for every fallback.
     """
+    key = "factor", damping, tuple(order.tolist())
+    if key not in problem.shared:
+        problem.shared[key] = _climb(problem, dead, order, damping)
+    found: tuple[torch.Tensor | None, tuple[str, ...]] = problem.shared[key]
+    return found
+
+
+def _climb(
+    problem: Problem, dead: torch.Tensor, order: torch.Tensor, damping: float
+) -> tuple[torch.Tensor | None, tuple[str, ...]]:
     H, name = problem.gram, problem.name
     assert H is not None
     mean = float(H.diagonal()[~dead].mean()) if not bool(dead.all()) else 1.0

@@ -89,6 +89,8 @@ class _Columns:
         self.fitted: dict[int, Grid] = {}
         choosing = plan.pivots is not None
         self.mask = torch.zeros_like(R, dtype=torch.bool).T if choosing else None  # [m, n]
+        self.chunk = fmt.chunk or 1
+        self.kept = torch.empty(0)  # the current chunk's mask as numbers, [chunk, m]
 
     def enter_group(self, position: int) -> None:
         """Fit the grid of the group that starts at a sweep position, on the live weights."""
@@ -114,15 +116,18 @@ class _Columns:
         q = grid.round(self.R[position].unsqueeze(1), column - first).squeeze(1)
         if self.mask is None:
             return q
-        chunk = self.fmt.chunk or 1
-        if column % chunk == 0:
-            self._choose(column, min(column + chunk, len(self.storage)))
-        return q.masked_fill(~self.mask[:, column], 0)
+        place = column % self.chunk
+        if place == 0:
+            self._choose(column, min(column + self.chunk, len(self.storage)))
+        # A product takes a fifth of the time of masking; the swept values are finite.
+        return q * self.kept[place]
 
     def _choose(self, first: int, past: int) -> None:
         assert self.mask is not None and self.plan.pivots is not None
         live, pivots = self.R[first:past].T, self.plan.pivots[first:past]
-        self.mask[:, first:past] = self.fmt.choose(live, first, pivots)
+        chosen = self.fmt.choose(live, first, pivots)
+        self.mask[:, first:past] = chosen
+        self.kept = chosen.T.to(self.R.dtype, memory_format=torch.contiguous_format)
 
     def grid(self) -> Grid:
         """The grid of the whole matrix."""

@@ -127,21 +127,26 @@ class Surgery:
 
 
 class WidthSurgery(Surgery, ABC):
-    """Cuts key/value groups and neurons, of every block the same number.
+    """Cuts key/value groups and neurons.
 
     Attributes:
         heads: share of the key/value groups to remove, with their query heads.
         neurons: share of the neurons to remove.
+        ranking: "block" cuts every block alike; "model" ranks the units of all blocks together,
+            after which blocks differ in width and rarefy's own loader opens the result.
     """
 
     heads: float
     neurons: float
+    ranking: str = "block"
 
     def __post_init__(self) -> None:
         for kind in ("heads", "neurons"):
             share = getattr(self, kind)
             if not 0 <= share < 1:
                 raise ValueError(f"{kind} must be a share of at least 0 and below 1, not {share}")
+        if self.ranking not in ("block", "model"):
+            raise ValueError(f"ranking must be block or model, not {self.ranking!r}")
         if self.heads == self.neurons == 0:
             raise ValueError("heads and neurons are both 0: nothing would be removed")
 

@@ -16,8 +16,9 @@ of the Fisher information (mean over samples of each sample's squared gradient),
 Where we differ, and why:
  * query head i is credited to key/value head i // r, as the model uses them; the published code
    credits head i mod n_kv;
- * every block is cut alike and ranked by itself, so that the result is an ordinary model of uniform
-   width; the paper leaves the first and last blocks whole and stores a pickled module;
+ * by default every block is cut alike and ranked by itself, so that the result is an ordinary
+   model of uniform width; the paper leaves the first and last blocks whole and stores a pickled
+   module. The paper's ranking over all blocks is there too, for each kind of unit by itself;
  * F comes from the gradients of single samples, not from the squared gradient of a batch;
  * biases are cut with their rows but not scored.
 """
@@ -63,6 +64,7 @@ class LLMPruner(WidthSurgery):
         heads: share of the key/value groups to remove. neurons: share of the neurons.
         criterion: "first", "second", "mix" or "vectorize"; see the module's formulas.
         reduction: over a unit's matrices: "sum", "mean", "max", "prod" or "first".
+        ranking: "block" ranks each block's units, "model" those of all blocks together.
         samples: calibration rows, one backward pass each. length: tokens of each.
     """
 
@@ -72,6 +74,7 @@ class LLMPruner(WidthSurgery):
     neurons: float = 0.25
     criterion: str = "first"
     reduction: str = "sum"
+    ranking: str = "block"
     samples: int = 10
     length: int = 64
 
