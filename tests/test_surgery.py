@@ -28,13 +28,13 @@ from rarefy.checkpoint.reader import Checkpoint, parameters
 from rarefy.checkpoint.state import State, read_state
 from rarefy.engine.importance import gradients, score_widths
 from rarefy.engine.redundancy import choose_blocks
-from rarefy.maps.units import parts_of
 from rarefy.engine.skeleton import Skeleton
 from rarefy.errors import RarefyError
 from rarefy.formats.integer import Int
 from rarefy.maps.check import fold
 from rarefy.maps.llama import LLAMA
 from rarefy.maps.model_map import dims_of
+from rarefy.maps.units import parts_of
 from rarefy.recipe import load_recipe, parse_recipe
 from rarefy.surgery.base import Member, Outputs, Removal, Stack, Units
 from rarefy.surgery.deeper_layers import DeeperLayers

@@ -158,10 +158,9 @@ def _shrink(module: nn.Module, axis: int, lost: int) -> None:
     module.weight = _like(weight, shape)
     if axis == 0 and isinstance(module.bias, nn.Parameter):
         module.bias = _like(module.bias, [len(module.bias) - lost])
-    if transposed:
-        module.nx, module.nf = shape
-    else:
-        module.out_features, module.in_features = shape  # type: ignore[assignment]
+    names = ("nx", "nf") if transposed else ("out_features", "in_features")
+    for name, size in zip(names, shape, strict=True):
+        setattr(module, name, size)
 
 
 def _like(old: nn.Parameter, shape: Sequence[int]) -> nn.Parameter:
