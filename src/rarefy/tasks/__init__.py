@@ -1,0 +1,1 @@
+"""Task packs: real question sets, read at run time, with frozen items."""
