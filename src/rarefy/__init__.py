@@ -17,6 +17,7 @@ from rarefy.engine.compress import Calibration, compress
 from rarefy.errors import RarefyError
 from rarefy.evaluate.run import evaluate
 from rarefy.export.export import export
+from rarefy.kick.run import kick
 from rarefy.methods import methods
 from rarefy.plan import plan
 from rarefy.report.compare import comparison_rows as compare
@@ -29,6 +30,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "kick",
     "methods",
     "plan",
 ]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markdown import Markdown
 from transformers.utils.logging import disable_progress_bar
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import rarefy
 from rarefy import console
@@ -18,6 +19,7 @@ from rarefy.doctor import examine
 from rarefy.engine.compress import Calibration
 from rarefy.engine.stage import Watcher
 from rarefy.errors import RarefyError
+from rarefy.kick.run import Options
 from rarefy.methods import methods_markdown
 from rarefy.report import words
 from rarefy.report.card import card
@@ -169,6 +171,63 @@ def compare(
         write_atomic(html, render_comparison_html(read).encode())
     if markdown is not None:
         write_atomic(markdown, comparison_markdown(read).encode())
+
+
+class _OptionalAddress(TyperCommand):
+    """Lets --ray stand alone, which typer's options cannot."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        following = [*args[1:], "-"]
+        alone = [a == "--ray" and b.startswith("-") for a, b in zip(args, following, strict=True)]
+        return super().parse_args(
+            ctx, ["--ray=" if a else arg for a, arg in zip(alone, args, strict=True)]
+        )
+
+
+@app.command(cls=_OptionalAddress)
+def kick(
+    model: _Model,
+    recipes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GLOB[,GLOB...]",
+            help="Presets and recipe files; 'wanda-50@sparsity=0.3' changes an option.",
+        ),
+    ] = None,
+    profile: Annotated[str, typer.Option(metavar="smoke|full", help="How much to ask.")] = "smoke",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder of results.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="GLOB|FILE.jsonl", help="Instead of the profile's.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="[ADDRESS]", help="Run the jobs on a Ray cluster.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes at a time.")] = 1,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of each job.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the calibration documents.")] = 0,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed models.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard earlier results first.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the table here.")
+    ] = None,
+) -> None:
+    """Run many recipes and say what each costs and forgets; run again after a stop, it goes on."""
+    options = Options(tasks, seed, jobs, threads, ray, keep, fresh)
+    with console.meter("plan") as meter:
+        try:
+            made = rarefy.kick(
+                model, recipes, out, profile=profile, options=options,
+                tell=lambda recipe, step, done, total: meter.step(done, total, f"{recipe}: {step}"),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; run the same command again to go on") from None
+    table = (made.path / "leaderboard.md").read_text()
+    if markdown is not None:
+        write_atomic(markdown, table.encode())
+    console.out.print(Markdown(table))
+    console.say(f"wrote leaderboard.html, leaderboard.md and leaderboard.json into {made.path}")
+    if made.content["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

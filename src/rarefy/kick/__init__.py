@@ -1,0 +1,1 @@
+"""One leaderboard of many recipes: what each costs, and what the model then no longer knows."""
