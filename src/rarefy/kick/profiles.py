@@ -22,6 +22,7 @@ class Profile:
         text, windows, length: held-out text for perplexity and KL.
         speed: rounds of measuring latency, decode rate and peak memory, each in a process of its
             own; 0 for none. energy: measure joules per token.
+        limit: of items per task, beside what ``items`` says; None for none.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Profile:
     length: int = 512
     speed: int = 2
     energy: bool = False
+    limit: int | None = None
 
 
 _LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)

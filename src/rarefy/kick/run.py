@@ -95,6 +95,9 @@ def kick(
         raise RarefyError("--keep is for local jobs: with --ray, models stay on their nodes")
     chosen = choose_recipes(recipes, profile.recipes)
     asked = choose_tasks(options.tasks, profile.items)
+    if profile.limit is not None:
+        most = profile.limit
+        asked.counts = {name: min(count or most, most) for name, count in asked.counts.items()}
     source = resolve(model)
     folder = Path("kick") / f"{_stem(str(model))}-{profile.name}" if out is None else Path(out)
     specs = _specs(_shared(str(model), source, profile, options, asked), chosen)
@@ -123,10 +126,11 @@ def _shared(model: str, source: Path, profile: Profile, options: Options, asked:
     checkpoint = Checkpoint(source)
     causal_config(checkpoint)  # an architecture that cannot be built is refused before anything
     local = Path(model).expanduser()
+    is_local = model != "demo" and local.exists()
     return Spec(
         recipe=DENSE,
         source=None,
-        model=str(local.resolve()) if local.exists() else model,
+        model=str(local.resolve()) if is_local else model,
         fingerprint=checkpoint.fingerprint(),
         calibration=replace(profile.calibration, seed=options.seed),
         text=profile.text,
