@@ -1,7 +1,7 @@
 # make demo    set up, compress the default model three ways, compare, write out/report.html
 # make test    set up, run every test
 # make check   set up, lint, format check, types
-# make bench   set up, run the measurements of bench/
+# make bench   set up, run the measurements of bench/ beside peers and of the engine
 # make bench-roles   set up, run every layer-wise preset on the default model: one table
 #
 # PYTHON chooses the interpreter of the virtual environment. Arguments for the installation of torch

@@ -24,7 +24,7 @@ from rarefy.formats.activation import IntActivation
 from rarefy.formats.integer import Int
 from rarefy.formats.packing import unpack
 from rarefy.recipe import parse_recipe
-from rarefy.runtime.packed import PackedLinear
+from rarefy.runtime.packed import PackedLinear, hold_dense
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -291,3 +291,17 @@ def test_presets_do_what_their_names_say(
     error = (logits(out.path) - logits(source)).square().mean() / logits(source).square().mean()
     assert 0 < error < 0.5
     assert sorted(p.name for p in tmp_path.iterdir() if "stage" in p.name) == []
+
+
+@pytest.mark.parametrize("stage", [W8A8, W8A8_STATIC])
+def test_a_held_copy_gives_the_same_logits_without_decoding(
+    stage: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(compressed(tmp_path, stage))
+    ids = rows(tmp_path)[:, :32]
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        hold_dense(model)
+        monkeypatch.setattr(PackedLinear, "dense", None)
+        after = model(ids, use_cache=False).logits
+    assert torch.equal(before, after)

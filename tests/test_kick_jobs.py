@@ -230,3 +230,27 @@ def test_names_that_cannot_share_a_folder(work: Path, tmp_path: Path) -> None:
                 profile=profile(work), options=options,
             )  # fmt: skip
     assert not os.path.exists(tmp_path / "out")
+
+
+def test_every_model_may_be_asked_with_dola(
+    work: Path, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_local", run_here)
+    with pytest.raises(RarefyError, match="--dola takes low or high layers, not 'middle'"):
+        start(work, tmp_path / "x", dola="middle")
+    board = start(work, tmp_path / "low", "round", dola="low").content
+    assert board["profile"] == "tiny, DoLa low"
+    assert board["dense"]["quality"] == made.content["dense"]["quality"]
+    plain, contrasted = (
+        [r.logprobs for r in read_records(out / "dense" / "records.jsonl") if r.logprobs]
+        for out in (work / "out", tmp_path / "low")
+    )
+    assert plain != contrasted
+
+
+def test_a_profile_may_limit_the_items(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_local", run_here)
+    board = start(work, tmp_path / "few", "round", profile={"limit": 3}).content
+    assert [task["items"] for task in board["tasks"]] == [3, 3]

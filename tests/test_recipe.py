@@ -182,3 +182,22 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, words: str) ->
 def test_an_unknown_preset_gets_a_suggestion() -> None:
     with pytest.raises(RarefyError, match="did you mean 'gptq-int4-g64'"):
         load_recipe("gptq-int4-g46")
+
+
+def test_other_values_go_to_every_place_that_sets_them() -> None:
+    plain, edited = load_recipe("wanda-50"), load_recipe("wanda-50@sparsity=0.3")
+    assert edited.name == "wanda-50@sparsity=0.3"
+    [(_, scheme)] = edited.stages[0].schemes
+    assert scheme.weight.density == pytest.approx(0.7)  # type: ignore[union-attr]
+    assert edited.source != plain.source
+    two = load_recipe("wanda-2of4@kept=4,of=8").stages[0].schemes[0][1]
+    assert (two.weight.kept, two.weight.of) == (4, 8)  # type: ignore[union-attr]
+    assert load_recipe("wanda-50").source == plain.source, "a preset was changed for good"
+
+
+@pytest.mark.parametrize("ref", ["wanda-50@sparsty=0.3", "wanda-50@sparsity", "wanda-50@sparsity="])
+def test_other_values_for_keys_that_are_not_there_are_refused(ref: str) -> None:
+    with pytest.raises(RarefyError, match="is not key=value with a key that wanda-50 sets"):
+        load_recipe(ref)
+    with pytest.raises(RarefyError, match=r"there is no recipe 'wanda-5@sparsity=0\.3'"):
+        load_recipe("wanda-5@sparsity=0.3")

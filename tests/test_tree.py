@@ -129,3 +129,13 @@ def test_a_head_changed_for_a_while_is_obeyed():
 )
 def test_the_window_of_sight(family, size):
     assert tree.window(tiny(family)[1]) == size
+
+
+def test_rounded_inputs_may_differ_by_a_step_and_no_more(monkeypatch):
+    _, model = tiny("llama")
+    monkeypatch.setattr(tree, "TOLERANCE", -1.0)
+    assert tree.objection(model) == "the model gives other numbers in trees"
+    model.model.layers[0].rounding = object()
+    assert tree.objection(model) is None
+    monkeypatch.setattr(tree, "_ROUNDED", -1.0)
+    assert tree.objection(model) == "the model gives other numbers in trees"

@@ -207,12 +207,15 @@ def kick(
     seed: Annotated[int, typer.Option(help="Of the calibration documents.")] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed models.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard earlier results first.")] = False,
+    dola: Annotated[
+        str | None, typer.Option(metavar="low|high", help="Decode by contrasting these layers.")
+    ] = None,
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the table here.")
     ] = None,
 ) -> None:
     """Run many recipes and say what each costs and forgets; run again after a stop, it goes on."""
-    options = Options(tasks, seed, jobs, threads, ray, keep, fresh)
+    options = Options(tasks, seed, jobs, threads, ray, keep, fresh, dola)
     with console.meter("plan") as meter:
         try:
             made = rarefy.kick(

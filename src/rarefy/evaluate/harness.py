@@ -77,7 +77,16 @@ def score(
         from rarefy.evaluate.language_model import HarnessModel
 
         built = _build(configs)
-        samples = _run(HarnessModel(model, tokenizer, book, tell, batch_tokens), built, tasks)
+        asked = HarnessModel(model, tokenizer, book, tell, batch_tokens)
+        samples: dict[str, list[dict[str, Any]]] = {}
+        for chat in (False, True):
+            some = {
+                name: task
+                for name, task in built.items()
+                if chat == (infos[name].chat and bool(tokenizer.chat_template))
+            }
+            if some:
+                samples |= _run(asked, some, tasks, chat)
     return [
         record_of(built[name], infos[name], row)
         for name in tasks
@@ -132,9 +141,9 @@ def _build(configs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
 
 
 def _run(
-    model: Any, built: Mapping[str, Any], counts: Mapping[str, int | None]
+    model: Any, built: Mapping[str, Any], counts: Mapping[str, int | None], chat: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the harness's account of every item by task."""
+    """Return the harness's account of every item by task, asked by chat template or plainly."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -144,9 +153,10 @@ def _run(
         task_manager=TaskManager(include_defaults=False),
         samples={
             name: range(min(count, len(built[name].eval_docs)))
-            for name, count in counts.items()
-            if count is not None
+            for name in built
+            if (count := counts[name]) is not None
         },
+        apply_chat_template=chat,
         bootstrap_iters=0,
         log_samples=True,
     )

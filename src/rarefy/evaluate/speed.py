@@ -60,7 +60,11 @@ class Speed:
 
 
 def measure(
-    folder: Path, prompt_tokens: int = 128, new_tokens: int = 16, threads: int | None = None
+    folder: Path,
+    prompt_tokens: int = 128,
+    new_tokens: int = 16,
+    threads: int | None = None,
+    runs: int = _RUNS,
 ) -> Speed:
     """Measure one model in a process of its own. Interleave calls (A B A B) so that drift cancels.
 
@@ -69,13 +73,14 @@ def measure(
         prompt_tokens: length of the prompt.
         new_tokens: tokens made, at least 2.
         threads: CPU threads; PyTorch's default when None.
+        runs: timed, after one that is not.
 
     Raises:
         RarefyError: the process failed; its last line of output is quoted.
     """
     command = [sys.executable, "-m", "rarefy.evaluate.speed", str(folder)]
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
-    command += ["--threads", str(threads or 0)]
+    command += ["--threads", str(threads or 0), "--runs", str(runs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -100,8 +105,10 @@ def merge(rounds: Sequence[Speed]) -> Speed:
     )
 
 
-def _measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int) -> Speed:
-    """Load, warm up and time the model in this process."""
+def _measure_here(
+    folder: Path, prompt_tokens: int, new_tokens: int, threads: int, count: int
+) -> Speed:
+    """Load, warm up and time the model in this process, ``count`` times."""
     import torch
 
     from rarefy.checkpoint.load import load_model
@@ -115,7 +122,7 @@ def _measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: in
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(device)
     _generate(model, prompt, new_tokens)
-    runs = [_generate(model, prompt, new_tokens) for _ in range(_RUNS)]
+    runs = [_generate(model, prompt, new_tokens) for _ in range(count)]
     cuda = device.type == "cuda"
     one = Speed(
         device=torch.cuda.get_device_name(device) if cuda else device.type,
@@ -184,7 +191,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args()
-    one = _measure_here(given.folder, given.prompt_tokens, given.new_tokens, given.threads)
+    one = _measure_here(
+        given.folder, given.prompt_tokens, given.new_tokens, given.threads, given.runs
+    )
     print(json.dumps(asdict(one)))
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Pair = tuple[Sequence[int], Sequence[int]]
 
 TOLERANCE = 1e-4
+# Where inputs are rounded while the model runs, the last digit of a sum can become a whole step.
+_ROUNDED = 0.05
 # Logits take far more memory than hidden states, so fewer of them are made at a time.
 _LOGITS = 4
 _PADDING, _CONTEXT = -1, 0
@@ -162,6 +164,8 @@ def objection(model: Any) -> str | None:
         return torch.randint(size, (count,), generator=generator).tolist()
 
     long, short = some(7), some(4)
+    rounded = any(getattr(module, "rounding", None) is not None for module in model.modules())
+    tolerance = _ROUNDED if rounded else TOLERANCE
     pairs = [(long, some(1)), (long, some(3)), (long, some(4)), (short, some(2))]
     try:
         answers = score_batch(model, rows_of(pairs, 100))
@@ -173,6 +177,6 @@ def objection(model: Any) -> str | None:
         at = torch.arange(len(context), ids.shape[1], device=model.device)
         expected = float(logprobs[at - 1, ids[0, at]].sum())
         # Also true of what is not a number.
-        if not abs(answers[index][0] - expected) <= TOLERANCE * max(1.0, abs(expected)):
+        if not abs(answers[index][0] - expected) <= tolerance * max(1.0, abs(expected)):
             return "the model gives other numbers in trees"
     return None

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -48,6 +49,7 @@ from rarefy.kick.spec import (
     RESULT,
     read_spec,
 )
+from rarefy.runtime.packed import hold_dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 
 _PAUSE = 2.0  # seconds between two lines of progress of one step
 _PROMPT, _NEW = 16, 32  # tokens of the workload whose energy is measured
+_QUICK = {"new_tokens": 8, "runs": 1}  # of the speed measurement, where one round is enough
 
 
 def run(folder: Path, *, keep: bool = False, progress: Progress = lambda *_: None) -> None:
@@ -149,22 +152,30 @@ def _quality(model: Path, source: Path, spec: Spec, progress: Progress) -> dict[
 
 
 def _score(model: Path, folder: Path, spec: Spec, progress: Progress) -> list[Record]:
-    from rarefy.evaluate.harness import score
+    from rarefy.evaluate.dola import contrast
+    from rarefy.evaluate.harness import fingerprint, score
     from rarefy.tasks.local import local_task
 
-    return score(
-        load_model(model),
-        load_tokenizer(model),
-        spec.tasks,
-        folder / JOURNAL,
-        progress=progress,
-        extra=[local_task(folder / name) for name in spec.local],
-    )
+    judged, tokenizer = load_model(model), load_tokenizer(model)
+    hold_dense(judged)
+    # DoLa changes what a model answers and not its weights, by which the journal knows it.
+    identity = f"{fingerprint(judged, tokenizer)} DoLa {spec.dola}" if spec.dola else None
+    with contrast(judged, spec.dola) if spec.dola else nullcontext():  # type: ignore[arg-type]
+        return score(
+            judged,
+            tokenizer,
+            spec.tasks,
+            folder / JOURNAL,
+            progress=progress,
+            extra=[local_task(folder / name) for name in spec.local],
+            identity=identity,
+        )
 
 
 def _cost(model: Path, source: Path, spec: Spec, progress: Progress) -> dict[str, Any]:
     progress("cost", 0, 1)
-    speeds = [measure(model, threads=spec.threads) for _ in range(spec.speed)]
+    how = _QUICK if spec.speed == 1 else {}
+    speeds = [measure(model, threads=spec.threads, **how) for _ in range(spec.speed)]
     made = read_manifest(model) if spec.source is not None else {}
     loaded = load_model(model)
     measured = Measured(

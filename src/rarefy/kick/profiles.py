@@ -21,7 +21,7 @@ class Profile:
         calibration: text for recipes that need data; the seed is replaced by the run's.
         text, windows, length: held-out text for perplexity and KL.
         speed: rounds of measuring latency, decode rate and peak memory, each in a process of its
-            own; 0 for none. energy: measure joules per token.
+            own; 0 for none, and a single one is short. energy: measure joules per token.
         limit: of items per task, beside what ``items`` says; None for none.
     """
 
@@ -44,19 +44,18 @@ SMOKE = Profile(
     name="smoke",
     # Every family once, and only what compresses the default model within half a minute.
     recipes=(
-        "rtn-w8a8",
+        "rtn-int4-g64@bits=8",
         "rtn-int4-g64",
         "rtn-int3-g64",
         "magnitude-50",
         "wanda-50",
         "wanda-2of4",
         "shortgpt-6",
-        "l2-20",
         "svd-80",
     ),
     items="smoke",
     calibration=Calibration(sequences=8, length=512),
-    windows=4,
+    windows=3,
     speed=1,
 )
 FULL = Profile(

@@ -42,6 +42,7 @@ class Options:
             since jobs would slow one another down.
         threads: of PyTorch in each job; None shares the machine's out.
         ray: address of a Ray cluster, empty for this machine's; None runs the jobs here.
+        dola: "low" or "high": ask every model, the dense one too, with DoLa on these layers.
         keep: leave the compressed models in their folders.
         fresh: discard what is there first.
     """
@@ -53,6 +54,7 @@ class Options:
     ray: str | None = None
     keep: bool = False
     fresh: bool = False
+    dola: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def kick(
     from rarefy.kick.board import leaderboard, read_finished, write_board
 
     profile = find_profile(profile) if isinstance(profile, str) else profile
+    if options.dola not in (None, "low", "high"):
+        raise RarefyError(f"--dola takes low or high layers, not {options.dola!r}")
     if options.keep and options.ray is not None:
         raise RarefyError("--keep is for local jobs: with --ray, models stay on their nodes")
     chosen = choose_recipes(recipes, profile.recipes)
@@ -110,7 +114,7 @@ def kick(
         {
             "model": str(model),
             "reference": _reference(str(model), source, dense.result["protocol"]["arithmetic"]),
-            "profile": profile.name,
+            "profile": profile.name + (f", DoLa {options.dola}" if options.dola else ""),
         },
         dense,
         [read_finished(folders[recipe.name], recipe) for recipe in done],
@@ -143,6 +147,7 @@ def _shared(model: str, source: Path, profile: Profile, options: Options, asked:
         energy=profile.energy and options.jobs == 1,
         threads=options.threads or max(1, torch.get_num_threads() // options.jobs),
         rarefy=rarefy.__version__,
+        dola=options.dola,
     )
 
 

@@ -40,6 +40,7 @@ class Spec:
         tasks: task -> number of items, None for all. versions: of those tasks.
         local: the user's task files in the job's folder -> sha256 of each.
         speed: rounds of the speed measurement. energy: whether it is measured.
+        dola: layers that DoLa contrasts while questions are asked, "low" or "high"; None: no DoLa.
         threads: of PyTorch; fixed, since sums in another order round differently.
         rarefy: version of this package.
     """
@@ -59,6 +60,7 @@ class Spec:
     energy: bool
     threads: int
     rarefy: str
+    dola: str | None = None
 
     @property
     def decisive(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Modules that execute packed matrices, decoding what they need when they need it.
 
-No dense copy outlives a call. Decoding is the torch reference; compiled kernels may replace it
-behind the same modules.
+No dense copy outlives a call, unless :func:`hold_dense` asks for it. Decoding is the torch
+reference; compiled kernels may replace it behind the same modules.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class PackedMatrix(nn.Module):
         self.fmt = fmt
         self.shape = shape
         self.suffixes = tuple(fmt.layout(*shape))
+        self.held: torch.Tensor | None = None
         for suffix, (extent, dtype) in fmt.layout(*shape).items():
             self.register_buffer(suffix, torch.empty(extent, dtype=DTYPES[dtype], device=device))
 
@@ -49,6 +50,8 @@ class PackedMatrix(nn.Module):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """``x W^T`` for x [..., n], giving [..., m]."""
+        if self.held is not None:
+            return F.linear(x, self.held.to(x.dtype))
         m, n = self.shape
         strip = max(32, _STRIP // n // 32 * 32)
         if strip >= m:
@@ -99,6 +102,15 @@ class PackedLinear(PackedMatrix):
             x = self.rounding.round(x, self.input_scale)
         y = self.product(x)
         return y if self.bias is None else y + self.bias
+
+
+def hold_dense(model: nn.Module) -> None:
+    """Decode every packed linear once and keep the result beside it, which costs the memory of a
+    dense model: for long evaluations, where decoding at every call would take most of the time.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.held = module.dense()
 
 
 class PackedEmbedding(PackedMatrix):

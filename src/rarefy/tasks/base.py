@@ -39,6 +39,8 @@ class TaskInfo(BaseModel):
         partner: the task that asks the same items with the evidence in the prompt (open book);
             set on the closed-book one.
         text: whether outputs are to be compared with the dense model's as texts.
+        chat: whether the question is put as a message, through the tokenizer's chat template where
+            it has one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,3 +56,4 @@ class TaskInfo(BaseModel):
     ability: Literal["knowledge", "inference", "trust"] | None = None
     partner: str | None = None
     text: bool = False
+    chat: bool = False
