@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=_RUNS)
     given = parser.parse_args()
     one = _measure_here(
         given.folder, given.prompt_tokens, given.new_tokens, given.threads, given.runs
