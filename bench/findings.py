@@ -1,6 +1,6 @@
 """Which published findings about compressed models hold on this one? A table with intervals.
 
-    python bench/findings.py [--model demo] [--items 100] [--out DIR] [--markdown FILE]
+    python bench/findings.py [--model demo] [--items 80] [--out DIR] [--markdown FILE]
 
 Runs `rarefy kick` over magnitude, Wanda and SparseGPT from 10 to 60 %, N:M patterns and integers of
 8 to 3 bits, on questions that leave the model room to fall, and judges four statements of LLM-KICK
@@ -48,14 +48,14 @@ def main() -> None:
     """Run the jobs, judge the statements, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--items", type=int, default=100, help="of each task, at most")
+    parser.add_argument("--items", type=int, default=80, help="of each task, at most")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT / "findings")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     options = parser.parse_args()
     recipes = (*(at(p, level) for p in PRUNERS for level in LEVELS), *PATTERNS, *INTEGERS)
     profile = Profile(
-        "findings", recipes, "full", Calibration(sequences=8, length=512), windows=8, speed=0,
+        "findings", recipes, "full", Calibration(sequences=8, length=512), windows=4, speed=0,
         limit=options.items,
     )  # fmt: skip
     board = kick(

@@ -26,7 +26,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of two nodes with one CPU each."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAREFY_CACHE", str(tmp_path / "cache"))
-    # Nodes import the tests' helpers nowhere, but rarefy itself from where this process has it.
+    # Nodes import rarefy from where this process has it.
     folder = os.path.dirname(os.path.dirname(rarefy.__file__))
     monkeypatch.setenv("PYTHONPATH", folder)
     pytest.importorskip("ray")

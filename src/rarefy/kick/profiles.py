@@ -49,13 +49,13 @@ SMOKE = Profile(
         "rtn-int3-g64",
         "magnitude-50",
         "wanda-50",
-        "wanda-2of4",
         "shortgpt-6",
+        "l2-20",
         "svd-80",
     ),
     items="smoke",
     calibration=Calibration(sequences=8, length=512),
-    windows=3,
+    windows=2,
     speed=1,
 )
 FULL = Profile(
