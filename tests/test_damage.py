@@ -168,12 +168,18 @@ def test_one_cluster_has_no_interval():
 
 
 def test_lower_is_better():
-    found = compare(_scored([1.0, 1.0]), _scored([1.0, 1.5]), BITS)
+    found = compare(_scored([1.0, 1.0] * 5), _scored([1.0, 1.5] * 5), BITS)
     assert found.relative == 0.8
     assert found.difference.value == 0.25
     assert not found.matches
     assert found.sensitive
     assert compare(_scored([1.0, 1.0]), _scored([1.05, 1.05]), BITS).matches
+
+
+def test_a_handful_of_items_can_show_nothing():
+    assert compare(_scored([1.0] * 10), _scored([1.0] * 10), BITS).sensitive
+    assert not compare(_scored([1.0] * 9), _scored([1.0] * 9), BITS).sensitive
+    assert not compare(_scored([1.0] * 40, 9), _scored([1.0] * 40, 9), BITS).sensitive
 
 
 @pytest.mark.parametrize(("right", "matches"), [(96, True), (95, True), (94, False)])

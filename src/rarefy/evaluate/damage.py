@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Flips", "Lost", "TaskDamage", "compare", "holm", "lost"]
 
+FEWEST = 10  # clusters: with fewer, a standard error is itself a guess
 TOLERANCE = 0.05  # LLM-KICK: a model matches if it loses no more than this share of the score
 
 
@@ -67,8 +68,8 @@ class TaskDamage:
         relative: score / dense, or dense / score where lower is better; None on division by 0.
         matches: loses no more than 5 % of the dense score.
         chance: what guessing scores, the mean of 1 / options; 0 without options.
-        headroom: dense - chance. sensitive: that is at least three standard errors, so that
-            damage can show at all (always so for bits).
+        headroom: dense - chance. sensitive: that is at least three standard errors (bits always
+            are), and there are ten clusters or more, so that damage can show at all.
         flips, p_value: None where scores are not right or wrong.
         p_holm: filled in by whoever knows how many comparisons there are.
         choice_kl: KL(dense || other) over the options, in nats; None without options.
@@ -134,7 +135,8 @@ def compare(dense: Sequence[Record], other: Sequence[Record], info: TaskInfo) ->
         matches=part >= (1 - TOLERANCE) * whole - 1e-12,
         chance=chance,
         headroom=old - chance,
-        sensitive=info.kind == "bits" or has_headroom(before, clusters, chance),
+        sensitive=len(set(clusters)) >= FEWEST
+        and (info.kind == "bits" or has_headroom(before, clusters, chance)),
         flips=flips,
         p_value=mcnemar(flips.lost, flips.won) if flips else None,
         p_holm=None,

@@ -6,7 +6,7 @@ import json
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from statistics import geometric_mean
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import to_json
@@ -175,13 +175,10 @@ def _add_tracks(
 def _families(
     damages: Mapping[str, TaskDamage], infos: Sequence[TaskInfo]
 ) -> dict[str, float | None]:
-    """Geometric mean of the relative scores of each family's tasks that can show damage."""
+    """Mean of the relative scores of each family's tasks that can show damage."""
     shares: dict[str, list[float]] = {info.family: [] for info in infos}
     for info in infos:
         damage = damages[info.name]
         if damage.sensitive and damage.relative is not None:
             shares[info.family].append(max(0.0, damage.relative))
-    return {
-        family: (geometric_mean(found) if all(found) else 0.0) if found else None
-        for family, found in shares.items()
-    }
+    return {family: fmean(found) if found else None for family, found in shares.items()}

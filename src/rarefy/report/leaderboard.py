@@ -147,7 +147,7 @@ def leaderboard_markdown(board: Board) -> str:
         _escape(hidden if isinstance(hidden, str) else hidden.sentence),
         _table(head, [_cells(row, families) for row in [dense, *rows]]),
         f"{_escape(board['reference'])} Profile {_escape(text(board['profile']))}. Families hold "
-        "scores relative to the dense model, geometric means over the tasks that can show "
+        "scores relative to the dense model, means over the tasks that can show "
         "damage; bold: not every one of these tasks is within 5 % of the dense score; *: a task "
         f"is worse by exact McNemar with Holm's correction over {text(board['comparisons'])} "
         "comparisons. Bits are per weight of the linears, as stored. Flips are right answers "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import geometric_mean
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Cell:
     """One family of one recipe.
 
     Attributes:
-        value: geometric mean of the scores relative to the dense model; None without tasks.
+        value: mean of the scores relative to the dense model; None without tasks.
         matched, tasks: of the tasks that can show damage, how many lose at most 5 %.
         sure: a task of the family is worse after Holm's correction.
     """
@@ -58,7 +58,7 @@ class Row:
     Attributes:
         anchor: the fragment by which the page's parts point to one another.
         families: cells by family. matched, tasks: sums over families.
-        kept: geometric mean of the families; None where none has a value.
+        kept: mean of the families; None where none has a value.
         lost, won, answers: right answers that turned wrong, the reverse, and all answers
             compared.
     """
@@ -143,7 +143,7 @@ def row_of(anchor: str, entry: dict[str, Any], board: Board) -> Row:
         families=cells,
         matched=sum(cell.matched for cell in cells.values()),
         tasks=sum(cell.tasks for cell in cells.values()),
-        kept=(geometric_mean(values) if min(values) > 0 else 0.0) if values else None,
+        kept=fmean(values) if values else None,
         lost=sum(flip["lost"] for flip in flips),
         won=sum(flip["won"] for flip in flips),
         answers=sum(flip[kind] for flip in flips for kind in kinds),
