@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CPU = torch.device("cpu")
+# SmolLM2's shape in small: 9 query heads share 3 key/value heads.
+NINE = {
+    "hidden_size": 72,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+}
 # Where the blocks are, what reads the heads, what reads the neurons.
 PLACES = {
     "opt": ("model.decoder.layers", "self_attn.out_proj", "fc2"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from operating import (
     CPU,
+    NINE,
     bypass,
     close_to,
     logits,
@@ -51,15 +52,6 @@ if TYPE_CHECKING:
 
     from rarefy.surgery.base import DepthSurgery
 
-# SmolLM2's shape in small: 9 query heads share 3 key/value heads.
-NINE = {
-    "hidden_size": 72,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 8,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-}
 TAYLOR = LLMPruner(heads=0.34, neurons=0.25, samples=4, length=16)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from operating import close_to, logits, opened, operate, record, rows, silence
+from operating import NINE, close_to, logits, opened, operate, record, rows, silence
 from tiny import save_tiny
 
 import rarefy
@@ -21,14 +21,6 @@ from rarefy.surgery.shortgpt import ShortGPT
 if TYPE_CHECKING:
     from pathlib import Path
 
-NINE = {
-    "hidden_size": 72,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 8,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-}
 BOTH = LLMPruner(0.34, 0.25, ranking="model", samples=4, length=16)
 NEURONS = LLMPruner(0, 0.25, ranking="model", samples=4, length=16)
 

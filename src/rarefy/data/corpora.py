@@ -159,13 +159,18 @@ def _web() -> Iterable[str]:
     return dict.fromkeys(documents)
 
 
-def _wiki() -> Iterator[str]:
+def articles() -> Iterator[tuple[str, str]]:
+    """Titles and markup of the encyclopaedia articles behind ``wiki``, stubs included."""
     with open_member(*_GENSIM, _WIKI_DUMP) as packed, bz2.open(packed) as dump:
         for _, page in ElementTree.iterparse(dump):  # noqa: S314 - as at the import
             if page.tag.endswith("}page") and page.findtext("{*}ns") == "0":
-                markup = page.findtext("{*}revision/{*}text") or ""
-                if len(markup.encode()) > _STUB_BYTES:
-                    yield plain_text(markup)
+                yield page.findtext("{*}title") or "", page.findtext("{*}revision/{*}text") or ""
+
+
+def _wiki() -> Iterator[str]:
+    for _, markup in articles():
+        if len(markup.encode()) > _STUB_BYTES:
+            yield plain_text(markup)
 
 
 _NAMED: dict[str, Callable[[], Iterable[str]]] = {

@@ -40,7 +40,7 @@ def render_html(report: Report) -> str:
         "this": report["footprint"]["breakdown"],
     }
     return (
-        _environment()
+        page_environment()
         .get_template("report.html.j2")
         .render(
             report=report,
@@ -71,7 +71,7 @@ def render_comparison_html(reports: Sequence[Report]) -> str:
     bars = {"dense": ordered[0]["footprint_dense"]["breakdown"]} if reference else {}
     bars |= {words.recipe_name(report): report["footprint"]["breakdown"] for report in ordered}
     return (
-        _environment()
+        page_environment()
         .get_template("comparison.html.j2")
         .render(
             title="Compression results",
@@ -100,7 +100,8 @@ def command(report: Report) -> str:
     return "\n".join([*lines, shlex.join(measure)])
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """The environment of all pages: everything is escaped, nothing undefined is passed over."""
     environment = Environment(
         loader=PackageLoader("rarefy", "report"),
         autoescape=True,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rarefy.report import leaderboard_plots as plots
 from rarefy.report import words
-from rarefy.report.html import _environment
+from rarefy.report.html import page_environment
 from rarefy.report.leaderboard_curves import curves
 from rarefy.report.leaderboard_rows import (
     FAMILIES,
@@ -40,7 +40,7 @@ def leaderboard_html(board: Board) -> str:
     """
     board = _OPTIONAL | board
     rows, dense = rows_of(board), row_of("dense", board["dense"], board)
-    environment = _environment()
+    environment = page_environment()
     environment.filters |= {"text": text, "flops": flops, "count": count}
     return environment.get_template("leaderboard.html.j2").render(
         board=board,

@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 
 from rarefy.report.leaderboard_plots import LINES, WIDTH, finish, known, rule, scale, tip
 from rarefy.report.leaderboard_rows import holds_facts
-from rarefy.report.plots import _STYLE, MUTED
+from rarefy.report.plots import MUTED, STYLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ def curves(
     panels = [_PERPLEXITY, *_panels(rows, tasks)]
     titles = {task["name"]: task["title"] for task in tasks}
     label = f"Perplexity and knowledge over {level}"
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": label}):
+    with mpl.rc_context(STYLE | {"svg.hashsalt": label}):
         columns = min(_COLUMNS, len(panels))
         height = math.ceil(len(panels) / columns)
         figure = Figure(figsize=(WIDTH, 0.8 + 2.3 * height), dpi=72)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from rarefy.report.plots import _STYLE, INK, MUTED, PAPER, _svg
+from rarefy.report.plots import INK, MUTED, PAPER, STYLE, svg_element
 from rarefy.report.words import number, size
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def pareto(rows: Sequence[Row], x: Measure, y: Measure) -> Markup:
     if all(row.anchor == "dense" for row, _, _ in points):
         return Markup()
     label = f"{y.label} against {x.label}"
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": label}):
+    with mpl.rc_context(STYLE | {"svg.hashsalt": label}):
         figure = Figure(figsize=(WIDTH, 4.6), dpi=72)
         axes = figure.subplots()
         best = front([(px, py) for _, px, py in points], x.higher, y.higher)
@@ -203,7 +203,7 @@ def _label(
 
 def finish(figure: Figure, label: str, tips: Mapping[str, str]) -> Markup:
     """Return the SVG element with the page's colours, links and tooltips."""
-    svg = _NUMBERED.sub("", str(_svg(figure, label)))
+    svg = _NUMBERED.sub("", str(svg_element(figure, label)))
     for at, colour in enumerate(LINES, 1):
         svg = svg.replace(colour, f"var(--line-{at})")
 

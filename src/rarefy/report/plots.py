@@ -27,7 +27,7 @@ SERIES = ("#050607", "#060708", "#070809", "#08090a", "#090a0b")
 _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
     colour: f"series-{at}" for at, colour in enumerate(SERIES, 1)
 }
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rarefy",
     "text.parse_math": False,
@@ -75,7 +75,7 @@ def layers(nodes: Sequence[dict[str, Any]]) -> Markup:
     points = _points(nodes)
     if not points:
         return Markup()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 3.1))
         grid = figure.subplots(
             2, len(points), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1]
@@ -98,7 +98,7 @@ def layers(nodes: Sequence[dict[str, Any]]) -> Markup:
         grid[1, 0].set_ylabel("bits")
         figure.supxlabel("block", fontsize=9, color=MUTED)
         figure.tight_layout(pad=0.4, w_pad=0.9)
-        return _svg(figure, "Relative output error and bits per weight, block by block")
+        return svg_element(figure, "Relative output error and bits per weight, block by block")
 
 
 def _points(nodes: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
@@ -131,7 +131,7 @@ def kl_histogram(quality: dict[str, Any]) -> Markup:
     seen = [at for at, count in enumerate(counts) if count]
     if not seen:
         return Markup()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 2.5))
         axes = figure.subplots()
         axes.bar(
@@ -162,7 +162,7 @@ def kl_histogram(quality: dict[str, Any]) -> Markup:
                 va="top", fontsize=8,
             )  # fmt: skip
         figure.tight_layout(pad=0.4)
-        return _svg(figure, "How KL is spread over tokens")
+        return svg_element(figure, "How KL is spread over tokens")
 
 
 def sizes(bars: dict[str, dict[str, int]]) -> Markup:
@@ -172,7 +172,7 @@ def sizes(bars: dict[str, dict[str, int]]) -> Markup:
         bars: model -> part -> bytes.
     """
     parts = sorted({part for bar in bars.values() for part in bar}, key=_part_order)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 0.75 + 0.42 * len(bars)))
         axes = figure.subplots()
         left = [0.0] * len(bars)
@@ -199,7 +199,7 @@ def sizes(bars: dict[str, dict[str, int]]) -> Markup:
             handlelength=0.9, handleheight=0.9, borderaxespad=0, columnspacing=1.6,
         )  # fmt: skip
         figure.tight_layout(pad=0.4, rect=(0, 0.28 / figure.get_figheight(), 1, 1))
-        return _svg(figure, "Stored bytes by part")
+        return svg_element(figure, "Stored bytes by part")
 
 
 def _part_order(part: str) -> tuple[int, str]:
@@ -209,7 +209,7 @@ def _part_order(part: str) -> tuple[int, str]:
 
 def scatter(reports: Sequence[Report]) -> Markup:
     """Draw KL against size on disk; lower and further left is better."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 3.6))
         axes = figure.subplots()
         for report in reports:
@@ -233,10 +233,10 @@ def scatter(reports: Sequence[Report]) -> Markup:
         axes.set_ylabel("mean KL to dense, nats")
         axes.set_xlabel("weights on disk, MB")
         figure.tight_layout(pad=0.4)
-        return _svg(figure, "Quality against size")
+        return svg_element(figure, "Quality against size")
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def svg_element(figure: Figure, label: str) -> Markup:
     """Return the drawing as an SVG element for an HTML page."""
     stream = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -6,23 +6,18 @@ out. News come without a reference; there a summary is compared with the dense m
 
 from __future__ import annotations
 
-import bz2
-import io
 import re
 from typing import TYPE_CHECKING
-from xml.etree import ElementTree
 
+from rarefy.data.corpora import articles
 from rarefy.data.wikitext import plain_text
 from rarefy.tasks.loaders import loader, row
 from rarefy.tasks.matching import share
-from rarefy.tasks.sources import content, requests
+from rarefy.tasks.sources import requests
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rarefy.tasks.frozen import Row
 
-_WIKI = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _LEAD_WORDS = range(60, 501)
 _LEAST_BODY = 500
 _SHOWN = 300
@@ -39,7 +34,7 @@ def wiki_leads() -> list[Row]:
     The text has up to 300 words, the reference up to 80, about what a model is let write.
     """
     rows = []
-    for title, markup in _articles():
+    for title, markup in articles():
         lead, heading, body = markup.partition("\n==")
         lead = plain_text(lead).replace("\n\n", " ")
         # A heading, a list item or a caption is no sentence.
@@ -71,11 +66,3 @@ def _first_sentences(text: str, count: int) -> str:
             break
         taken.append(sentence)
     return " ".join(taken)
-
-
-def _articles() -> Iterator[tuple[str, str]]:
-    with bz2.open(io.BytesIO(content("gensim", _WIKI))) as dump:
-        # The dump comes from a wheel of known hash.
-        for _, page in ElementTree.iterparse(dump):  # noqa: S314
-            if page.tag.endswith("}page") and page.findtext("{*}ns") == "0":
-                yield page.findtext("{*}title") or "", page.findtext("{*}revision/{*}text") or ""
