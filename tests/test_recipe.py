@@ -143,7 +143,7 @@ def test_formats_survive_plain_data(fmt: Int) -> None:
         ({"stages": [stage()], "zzz": 1}, "unknown key 'zzz'; known: name, description, stages"),
         (
             {"stages": [{"schemes": {"*": INT4}}]},
-            "stage 1: the key solver, transform or surgery is missing",
+            "stage 1: the key solver, transform, surgery or tuner is missing",
         ),
         ({"stages": [{"solvr": "gptq", "schemes": {}}]}, "is missing; did you mean 'solver'"),
         ({"stages": [stage(), stage(solver="gtpq")]}, "no solver called 'gtpq'.*'gptq'"),

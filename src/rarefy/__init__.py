@@ -21,6 +21,7 @@ from rarefy.kick.run import kick
 from rarefy.methods import methods
 from rarefy.plan import plan
 from rarefy.report.compare import comparison_rows as compare
+from rarefy.synthesis.engine import synthesize
 
 __all__ = [
     "Calibration",
@@ -33,4 +34,5 @@ __all__ = [
     "kick",
     "methods",
     "plan",
+    "synthesize",
 ]

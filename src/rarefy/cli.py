@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.markdown import Markdown
 from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperCommand, TyperGroup
@@ -25,9 +26,15 @@ from rarefy.report import words
 from rarefy.report.card import card
 from rarefy.report.compare import comparison_markdown, comparison_table
 from rarefy.report.html import render_comparison_html, render_html
+from rarefy.synthesis.base import SYNTHESIZERS
+from rarefy.synthesis.engine import Settings
+from rarefy.synthesis.questions import read_questions
+from rarefy.teachers.endpoint import Endpoint, EndpointTeacher
+from rarefy.teachers.local import LocalTeacher
 
 if TYPE_CHECKING:
     from rarefy.report.words import Report
+    from rarefy.teachers.base import Teacher
 
 
 class _Verbs(TyperGroup):
@@ -91,6 +98,9 @@ def compress(
     sequences: _Sequences = Calibration.sequences,
     length: _Length = Calibration.length,
     seed: Annotated[int, typer.Option(help="Of the order of the documents.")] = Calibration.seed,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Dense model to match, if MODEL is not.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what is at DIR first.")] = False,
 ) -> None:
     """Compress MODEL by a recipe into a new folder; run again after a stop, it goes on."""
@@ -99,7 +109,13 @@ def compress(
         data = Calibration(calibration, sequences, length, seed)
         try:
             done = rarefy.compress(
-                model, recipe, out, calibration=data, fresh=fresh, watcher=watcher
+                model,
+                recipe,
+                out,
+                calibration=data,
+                teacher=teacher,
+                fresh=fresh,
+                watcher=watcher,
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -119,6 +135,54 @@ def compress(
         f"{done.path}: {words.size(size)} of weights, from {words.size(source)}",
         highlight=False, markup=False,
     )  # fmt: skip
+
+
+@app.command()
+def synthesize(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="See 'rarefy methods'.")],
+    teacher: Annotated[str, typer.Option(metavar="MODEL", help="Local, or the endpoint's name.")],
+    out: _Out,
+    questions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON lines with question and answer.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of METHOD.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask an OpenAI-compatible server.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option("--key-variable", metavar="NAME", help="Holds the API key.")
+    ] = None,
+    calls: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A ledger shared by several runs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what is at DIR first.")] = False,
+) -> None:
+    """Make training text with a teacher; run again after a stop, it repeats no call."""
+    pairs = [word.partition("=") for word in option or []]
+    options = {name: yaml.safe_load(value) for name, _, value in pairs}
+    made = SYNTHESIZERS.build(method, options, "--set")
+    asked = read_questions(questions) if questions else ()
+    who: Teacher = (
+        LocalTeacher.open(teacher)
+        if endpoint is None
+        else EndpointTeacher(Endpoint(endpoint, teacher, key))
+    )
+    with console.meter("call") as meter:
+
+        def tell(what: str, done: int, total: int) -> None:
+            meter.step(done, total, what)
+
+        done = rarefy.synthesize(made, who, asked, out, Settings(seed, fresh, calls, tell))
+    told = done.summary
+    console.say(f"{done.calls} calls made, {done.cached} found in the ledger")
+    console.out.print(
+        f"{done.path}: {told['rows']} rows, {told['rejects']} rejects {told['reasons']}",
+        highlight=False,
+        markup=False,
+    )
 
 
 @app.command()

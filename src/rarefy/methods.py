@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 from rarefy.allocate.base import ALLOCATORS
 from rarefy.formats.activation import ACTIVATIONS
 from rarefy.formats.base import FORMATS, Format
-from rarefy.recipe import describe, iterate_formats, load_recipe, presets
+from rarefy.losses.base import LOSSES
+from rarefy.objectives.base import OBJECTIVES
+from rarefy.recipe import describe, iterate_formats, iterate_objectives, load_recipe, presets
+from rarefy.signals.base import SIGNALS
 from rarefy.solvers.base import SOLVERS
 from rarefy.surgery.base import SURGERIES
+from rarefy.synthesis.base import SYNTHESIZERS
 from rarefy.transforms.base import TRANSFORMS
+from rarefy.tuners.base import TUNERS
 
 if TYPE_CHECKING:
     from rarefy.registry import Registry
@@ -25,6 +30,11 @@ REGISTRIES: tuple[Registry[Any], ...] = (
     TRANSFORMS,
     SURGERIES,
     ALLOCATORS,
+    TUNERS,
+    OBJECTIVES,
+    SIGNALS,
+    LOSSES,
+    SYNTHESIZERS,
 )
 
 
@@ -88,7 +98,10 @@ def _plain(default: object) -> object:
     """A default as JSON knows it."""
     if default is ...:
         return "required"
-    return describe(default) if isinstance(default, Format) else default
+    if isinstance(default, Format):
+        return describe(default)
+    registry = next((r for r in REGISTRIES if r.holds(default)), None)
+    return default if registry is None else registry.name_of(default)
 
 
 def _users() -> dict[tuple[str, str], set[str]]:
@@ -103,6 +116,8 @@ def _users() -> dict[tuple[str, str], set[str]]:
             for _, scheme in stage.schemes:
                 if scheme is not None and scheme.input is not None:
                     used[ACTIVATIONS.role, ACTIVATIONS.name_of(scheme.input)].add(name)
+        for registry, part in iterate_objectives(recipe):
+            used[registry.role, registry.name_of(part)].add(name)
         for fmt in iterate_formats(recipe):
             used[FORMATS.role, FORMATS.name_of(fmt)].add(name)
     return used

@@ -15,10 +15,14 @@ A recipe is a list of stages. A stage names a method by its role and gives the m
           "model.layers.0.*": keep
           "*": {format: int, bits: 4, group: 64, input: {format: int, bits: 8}}
 
-The roles are ``solver`` (with ``schemes``, and ``allocate`` if layers are to differ), ``transform``
-and ``surgery``. A scheme table has ordered globs over the names of weight matrices, first match
-wins. A bare ``*`` means every linear of the decoder blocks; embeddings and the output head are left
-alone unless a pattern spells them out. Everything is checked before anything is computed.
+The roles are ``solver`` (with ``schemes``, and ``allocate`` if layers are to differ),
+``transform``, ``surgery`` and ``tuner`` (with ``schemes`` if it brings matrices into a format;
+without them it goes on with what earlier stages made). A tuner of the whole model may name its
+``objective``, for example ``{method: distil, distance: {method: jsd, beta: 0.5}}``, and the size of
+its own training ``text``, ``{rows: 400, length: 256}``. A scheme table has ordered globs over the
+names of weight matrices, first match wins. A bare ``*`` means every linear of the decoder blocks;
+embeddings and the output head are left alone unless a pattern spells them out. Everything is
+checked before anything is computed.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -38,10 +42,14 @@ from rarefy.allocate.base import ALLOCATORS, Allocator
 from rarefy.errors import RarefyError
 from rarefy.formats.activation import ACTIVATIONS, Activation
 from rarefy.formats.base import FORMATS, Format
+from rarefy.losses.base import LOSSES
+from rarefy.objectives.base import OBJECTIVES, Objective
 from rarefy.registry import suggest
+from rarefy.signals.base import SIGNALS
 from rarefy.solvers.base import SOLVERS, Solver
 from rarefy.surgery.base import SURGERIES, Surgery
 from rarefy.transforms.base import TRANSFORMS, Transform
+from rarefy.tuners.base import TUNERS, ModelTuner, Tuner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -49,11 +57,17 @@ if TYPE_CHECKING:
     from rarefy.registry import Registry
 
 KEEP = "keep"
+_T = TypeVar("_T")
 _ROLES: dict[str, Registry[Any]] = {
     "solver": SOLVERS,
     "transform": TRANSFORMS,
     "surgery": SURGERIES,
+    "tuner": TUNERS,
 }
+_KINDS: dict[str, type] = {
+    "solver": Solver, "transform": Transform, "surgery": Surgery, "tuner": Tuner,
+}  # fmt: skip
+_WITH_SCHEMES = ("solver", "tuner")
 
 
 @dataclass(frozen=True)
@@ -70,25 +84,97 @@ class Scheme:
 
 
 @dataclass(frozen=True)
+class Text:
+    """What a model tuner is trained on, if not on the calibration rows.
+
+    Attributes:
+        rows, length: token rows, and tokens of each, drawn from the calibration's corpus; the
+            documents are in another order than for calibration.
+        file: prompts and completions (JSON Lines) instead; only completions count.
+        pool: of so many times the rows of a step, those are taken whose loss exceeds the dense
+            model's by most; 1 takes all.
+        uniform: share of a step's rows that is drawn from the pool blindly all the same.
+
+    Raises:
+        ValueError: a field outside its values.
+    """
+
+    rows: int = 256
+    length: int = 256
+    file: str | None = None
+    pool: int = 1
+    uniform: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.length < 2 or self.pool < 1:
+            raise ValueError("rows and pool must be at least 1, and length at least 2")
+        if not 0 <= self.uniform <= 1:
+            raise ValueError(f"uniform must lie in [0, 1], and {self.uniform} does not")
+
+
+_SCORES = ("restoration", "local", "random")
+
+
+@dataclass(frozen=True)
+class Priority:
+    """Which half-blocks a model tuner may move; see ``engine/priority.py``.
+
+    Attributes:
+        share: of all half-blocks.
+        by: "restoration", "local", or "random" for a control.
+        least: the least damaged ones instead, for another control.
+        rows: calibration rows that damage is measured on.
+        seed: of a random choice.
+
+    Raises:
+        ValueError: a field outside its values.
+    """
+
+    share: float = 0.2
+    by: str = "restoration"
+    least: bool = False
+    rows: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must lie in (0, 1], and {self.share} does not")
+        if self.by not in _SCORES:
+            raise ValueError(f"by must be one of {', '.join(_SCORES)}, not {self.by!r}")
+        if self.rows < 1:
+            raise ValueError("rows must be at least 1")
+
+
+@dataclass(frozen=True)
 class Stage:
     """One step from checkpoint to checkpoint.
 
     Attributes:
-        method: a solver, a transform or a surgery.
+        method: a solver, a transform, a surgery or a tuner.
         schemes: (glob, scheme or None to keep), first match wins. A transform has the table of
             the solver stage that follows it, so that it knows what it prepares for.
         allocator: shares the formats' budgets out among the matrices; None leaves them uniform.
+        objective: what a model tuner lowers; None for the divergence from the dense model.
+        text: what it is trained on; None for the calibration rows.
+        priority: what of the model it may move; None for everything that the method moves.
     """
 
-    method: Solver | Transform | Surgery
+    method: Solver | Transform | Surgery | Tuner
     schemes: tuple[tuple[str, Scheme | None], ...] = ()
     allocator: Allocator | None = None
+    objective: Objective | None = None
+    text: Text | None = None
+    priority: Priority | None = None
 
     @property
     def role(self) -> str:
-        """The method's role: "solver", "transform" or "surgery"."""
-        kinds = {"solver": Solver, "transform": Transform, "surgery": Surgery}
-        return next(role for role, kind in kinds.items() if isinstance(self.method, kind))
+        """The method's role: "solver", "transform", "surgery" or "tuner"."""
+        return next(role for role, kind in _KINDS.items() if isinstance(self.method, kind))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether matrices are brought into formats, so that their weights may not be changed."""
+        return self.role == "solver" or bool(self.schemes)
 
     @property
     def name(self) -> str:
@@ -105,7 +191,8 @@ class Stage:
     @property
     def needs_data(self) -> bool:
         """Whether the stage reads calibration data."""
-        return bool(self.needs or (self.allocator is not None and self.allocator.needs))
+        allocated = self.allocator is not None and self.allocator.needs
+        return bool(self.role == "tuner" or self.needs or allocated)
 
     def scheme_for(self, name: str, *, inside: bool) -> Scheme | None:
         """The scheme of the matrix called ``name``, or None to leave it alone.
@@ -218,7 +305,7 @@ def parse_recipe(data: dict[str, Any], name: str) -> Recipe:
     _check_order(stages, name)
     for i, stage in enumerate(stages):
         if stage.role == "transform":
-            table = next((s.schemes for s in stages[i:] if s.role == "solver"), ())
+            table = next((s.schemes for s in stages[i:] if s.schemes), ())
             stages[i] = dataclasses.replace(stage, schemes=table)
     return Recipe(document.name or name, document.description, tuple(stages), data)
 
@@ -227,9 +314,9 @@ def _check_order(stages: list[Stage], name: str) -> None:
     """Transforms and surgeries change weights, so they come before anything is rounded."""
     solved = 0
     for i, stage in enumerate(stages, 1):
-        if stage.role == "solver":
+        if stage.rounds:
             solved = solved or i
-        elif solved:
+        elif solved and stage.role != "tuner":
             raise RarefyError(
                 f"recipe {name}: stage {i} ({stage.name}) would change weights that stage {solved} "
                 "has brought into their format; put it first"
@@ -255,18 +342,74 @@ def _stage(data: Mapping[str, Any], where: str) -> Stage:
     if not roles:
         near = [m for key in options for m in difflib.get_close_matches(key, list(_ROLES), n=1)]
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RarefyError(f"{where}: the key solver, transform or surgery is missing{hint}")
+        *most, last = _ROLES
+        known = f"{', '.join(most)} or {last}"
+        raise RarefyError(f"{where}: the key {known} is missing{hint}")
     [role] = roles
     name = str(options.pop(role))
     schemes, allocate = options.pop("schemes", None), options.pop("allocate", None)
-    if role != "solver" and (schemes is not None or allocate is not None):
-        what = "schemes" if schemes is not None else "allocate"
-        raise RarefyError(f"{where}: {what} belongs to a solver stage; a {role} has none")
-    if role == "solver" and (not isinstance(schemes, dict) or not schemes):
+    training = {key: options.pop(key, None) for key in ("objective", "text", "priority")}
+    if role not in _WITH_SCHEMES and schemes is not None:
+        raise RarefyError(f"{where}: schemes belongs to a solver or tuner stage; a {role} has none")
+    if role != "solver" and allocate is not None:
+        raise RarefyError(f"{where}: allocate belongs to a solver stage; a {role} has none")
+    wanted = role == "solver" or schemes is not None
+    if wanted and (not isinstance(schemes, dict) or not schemes):
         raise RarefyError(f"{where}: give schemes, a mapping from name patterns to formats")
     method = _ROLES[role].build(name, options, where)
+    stray = next((key for key, value in training.items() if value is not None), None)
+    if stray is not None and not isinstance(method, ModelTuner):
+        raise RarefyError(f"{where}: {stray} belongs to a tuner of the whole model, not to {name}")
     table = ((str(p), _scheme(s, f"{where}, {p!r}")) for p, s in (schemes or {}).items())
-    return Stage(method, tuple(table), _allocator(allocate, where))
+    return Stage(
+        method,
+        tuple(table),
+        _allocator(allocate, where),
+        _objective(training["objective"], f"{where}, objective"),
+        _plain(Text, training["text"], f"{where}, text"),
+        _plain(Priority, training["priority"], f"{where}, priority"),
+    )
+
+
+def _objective(data: object, where: str) -> Objective | None:
+    built: Objective | None = None if data is None else _named(OBJECTIVES, data, where)
+    return built
+
+
+_NESTED: dict[str, Registry[Any]] = {"Signal": SIGNALS, "Loss": LOSSES, "Objective": OBJECTIVES}
+
+
+def _named(registry: Registry[Any], data: object, where: str) -> Any:
+    """An entry from its name, or from a mapping with the key ``method``; nested ones likewise."""
+    data = {"method": data} if isinstance(data, str) else data
+    if not isinstance(data, dict) or "method" not in data:
+        raise RarefyError(f"{where}: give a name, or a mapping with the key method")
+    name = str(data["method"])
+    hints = {field.name: field.type for field in dataclasses.fields(registry.card(name).cls)}
+    options = {
+        key: _named(_NESTED[str(hints[key])], value, f"{where}, {key}")
+        if str(hints.get(key)) in _NESTED
+        else value
+        for key, value in data.items()
+        if key != "method"
+    }
+    return registry.build(name, options, where)
+
+
+def _plain(kind: type[_T], data: object, where: str) -> _T | None:
+    """A dataclass from a mapping."""
+    if data is None:
+        return None
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(data, dict):
+        raise RarefyError(f"{where} must be a mapping with the keys {', '.join(known)}")
+    for key in data:
+        if key not in known:
+            raise RarefyError(f"{where}: unknown key {key!r}{suggest(str(key), known)}")
+    try:
+        return kind(**data)
+    except (TypeError, ValueError) as error:
+        raise RarefyError(f"{where}: {error}") from error
 
 
 def _allocator(data: object, where: str) -> Allocator | None:
@@ -337,3 +480,17 @@ def iterate_formats(recipe: Recipe) -> Iterator[Format]:
         for _, scheme in stage.schemes:
             if scheme is not None:
                 yield from walk(scheme.weight)
+
+
+def iterate_objectives(recipe: Recipe) -> Iterator[tuple[Registry[Any], Any]]:
+    """Every objective that the recipe mentions, and what it is made of, with their registries."""
+
+    def walk(part: Any) -> Iterator[tuple[Registry[Any], Any]]:
+        registry = next((r for r in _NESTED.values() if r.holds(part)), None)
+        if registry is not None:
+            yield registry, part
+            for f in dataclasses.fields(part):
+                yield from walk(getattr(part, f.name))
+
+    for stage in recipe.stages:
+        yield from walk(stage.objective)

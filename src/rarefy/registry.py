@@ -134,6 +134,11 @@ class Registry(Generic[T]):
             )
         return self._cards[name]
 
+    def holds(self, thing: object) -> bool:
+        """Whether an object is an instance of a registered class."""
+        self._scan()
+        return any(card.cls is type(thing) for card in self._cards.values())
+
     def name_of(self, thing: T) -> str:
         """Return the registered name of an instance."""
         self._scan()
@@ -161,7 +166,7 @@ class Registry(Generic[T]):
         missing = [k for k, v in known.items() if v is ... and k not in options]
         if missing:
             raise RarefyError(f"{where}: the {self.role} {name!r} needs {', '.join(missing)}")
-        hints = inspect.get_annotations(card.cls)
+        hints = {field.name: field.type for field in dataclasses.fields(card.cls)}  # type: ignore[arg-type]
         for key, value in options.items():
             if not _fits(value, str(hints.get(key, "object"))):
                 raise RarefyError(

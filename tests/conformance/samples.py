@@ -15,6 +15,7 @@ from rarefy.formats.base import FORMATS
 from rarefy.formats.floating import Float
 from rarefy.formats.integer import Int
 from rarefy.formats.low_rank import LowRank
+from rarefy.formats.nf4 import NF4
 from rarefy.formats.sparse import Sparse
 from rarefy.solvers.asvd import ASVD
 from rarefy.solvers.awq_clip import AWQClip
@@ -42,6 +43,7 @@ FORMAT_SAMPLES: dict[str, list[Any]] = {
         Int(8, **_BF16),
         Int(8, symmetric=True, **_BF16),
     ],
+    "nf4": [NF4(), NF4(double_quantization=False)],
     "float": [Float("float16"), Float("bfloat16"), Float("float32")],
     "sparse": [
         Sparse(0.5),

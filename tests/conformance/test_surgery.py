@@ -23,6 +23,7 @@ from rarefy.surgery.minitron import Minitron
 from rarefy.surgery.random import Random
 from rarefy.surgery.shortened_llama import ShortenedLlama
 from rarefy.surgery.shortgpt import ShortGPT
+from rarefy.surgery.truncate import Truncate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +44,7 @@ SAMPLES: dict[str, list[Any]] = {
     "random": [Random(0.5, 0.25), Random(0.5, 0.25, seed=1)],
     "shortened-llama": [ShortenedLlama(blocks=2, protect=0, samples=3, length=16)],
     "shortgpt": [ShortGPT(blocks=2, protect=0), ShortGPT(blocks=1)],
+    "truncate": [Truncate(2, how) for how in ("uniform", "first", "last", "drop-middle")],
 }
 FAMILIES = (
     "llama",

@@ -41,10 +41,14 @@ class Selection:
 def select(skeleton: Skeleton, stage: Stage) -> Selection:
     """Apply a stage's scheme table to a model, reading no weight.
 
+    A stage without a table refines what earlier stages have compressed, each matrix in its format.
+
     Raises:
         RarefyError: a group larger than a row, a matrix that an earlier stage compressed already,
             or a table that matches nothing.
     """
+    if not stage.schemes:
+        return _refine(skeleton, stage)
     kept: dict[str, str] = {}
     notes: dict[str, None] = {}
     inputs: dict[str, Activation] = {}
@@ -85,6 +89,36 @@ def select(skeleton: Skeleton, stage: Stage) -> Selection:
     if not outside and not any(blocks):
         raise RarefyError("no matrix of the model matches a pattern of the recipe's schemes")
     return Selection(tuple(blocks), outside, inputs, kept, tuple(notes))
+
+
+def _refine(skeleton: Skeleton, stage: Stage) -> Selection:
+    """The matrices that are compressed already and whose numbers a tuner may go on moving.
+
+    Raises:
+        RarefyError: the tuner is to round, and there is none.
+    """
+    blocks: list[dict[str, Format]] = []
+    kept: dict[str, str] = {}
+    rounds = getattr(stage.method, "rounds", False)
+    for index in range(len(skeleton.blocks)):
+        names = {node.path: skeleton.node_name(index, node) for node in skeleton.linears(index)}
+        formats = {path: skeleton.earlier.get(name) for path, name in names.items()}
+        chosen = {path: fmt for path, fmt in formats.items() if rounds and fmt and fmt.learnable}
+        kept |= {name: "left alone by the recipe" for p, name in names.items() if p not in chosen}
+        blocks.append(chosen)
+    if rounds and not any(blocks):
+        raise RarefyError(
+            f"{stage.name} has no schemes, and no matrix of {skeleton.checkpoint.path} has a grid "
+            "yet; give the stage schemes, or put a solver with an integer format before it"
+        )
+    if not skeleton.earlier and getattr(stage.method, "stream", None):
+        raise RarefyError(
+            f"{stage.name} makes up for what compression does to a block, and no matrix of "
+            f"{skeleton.checkpoint.path} is compressed; put a solver before it"
+        )
+    outside = "embeddings and head are left alone unless a pattern names them"
+    kept |= dict.fromkeys((skeleton.map.embedding, skeleton.map.head), outside)
+    return Selection(tuple(blocks), {}, {}, kept, ())
 
 
 def _fitted(skeleton: Skeleton, name: str, fmt: Format, notes: dict[str, None]) -> Format:

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from rarefy.engine.capture import Batch
     from rarefy.engine.select import Selection
     from rarefy.formats.activation import Activation
+    from rarefy.objectives.rows import Rows
     from rarefy.recipe import Stage
+
+    Walk = Callable[["StageRun", Skeleton, Selection], dict[str, float]]
 
 
 _LARGE = 1 << 24  # bytes of a matrix in fp32 from which on memory is traded for a little time
@@ -62,6 +65,9 @@ class StageRun:
         writer: the checkpoint it writes.
         watcher: receives remarks and progress.
         device: where the arithmetic happens.
+        base: the dense checkpoint that everything began with, which tuners are to match; None if
+            that is the source.
+        rows: what a model tuner is trained on.
     """
 
     source: Checkpoint
@@ -70,14 +76,18 @@ class StageRun:
     writer: Writer
     watcher: Watcher
     device: torch.device
+    base: Checkpoint | None = None
+    rows: Rows | None = None
 
 
-def run_stage(run: StageRun, manifest: dict[str, Any]) -> None:
+def run_stage(run: StageRun, manifest: dict[str, Any], walk: Walk | None = None) -> None:
     """Compress every block, then the matrices outside, then close the new checkpoint.
 
     Args:
         run: what to do.
         manifest: facts known beforehand; the stage's own are added to what is written.
+        walk: writes the blocks that the journal lacks and returns seconds by phase; by default
+            the solver's walk.
     """
     start = time.perf_counter()
     skeleton = Skeleton(run.source, run.device)
@@ -91,7 +101,7 @@ def run_stage(run: StageRun, manifest: dict[str, Any]) -> None:
         return_freed_memory(_RETURNED)
     if run.stage.allocator is not None:
         chosen = allocate(run, skeleton, chosen)
-    seconds = _walk(run, skeleton, chosen)
+    seconds = (walk or _walk)(run, skeleton, chosen)
     if not run.writer.has("outside"):
         _outside(run, skeleton, chosen)
     parts = [f"{i:05d}" for i in range(len(skeleton.blocks))]
@@ -99,7 +109,8 @@ def run_stage(run: StageRun, manifest: dict[str, Any]) -> None:
     solving = sum(node.pop("seconds") for node in nodes)
     formats = {node["name"]: format_from(node.pop("stored")) for node in nodes}
     write_config(run.writer.folder, skeleton, chosen, formats)
-    facts = account(skeleton, chosen, nodes) | {"history": history(run, _allocation(run))}
+    done = _allocation(run) | _told(run, parts)
+    facts = account(skeleton, chosen, nodes) | {"history": history(run, done)}
     close(run, manifest | facts, start - seconds["earlier"], seconds | {"solve": solving})
     run.writer.finish(["outside", *parts])
 
@@ -114,6 +125,12 @@ def _allocation(run: StageRun) -> dict[str, Any]:
         "allocator_options": dataclasses.asdict(allocator),  # type: ignore[call-overload]
         "density": run.writer.notes("allocation"),
     }
+
+
+def _told(run: StageRun, parts: list[str]) -> dict[str, Any]:
+    """What the blocks' entries in the journal say beyond their matrices."""
+    told = [run.writer.notes(part).get("facts") for part in parts]
+    return {"blocks": told} if any(told) else {}
 
 
 def _walk(run: StageRun, skeleton: Skeleton, chosen: Selection) -> dict[str, float]:
@@ -152,7 +169,7 @@ def _compress(
     for node, result in results.items():
         stored = skeleton.stored_name(node)
         tensors |= {f"{stored}.{suffix}": tensor for suffix, tensor in result.packed.items()}
-        nodes.append(_entry(skeleton, node, result))
+        nodes.append(entry_of(skeleton, node, result))
     notes = {"nodes": nodes, "seconds": time.perf_counter() - start}
     run.writer.add(f"{index:05d}", tensors, notes)
     return_unused_pages()
@@ -173,7 +190,7 @@ def _task(
         formats=chosen.blocks[index],
         solver=run.stage.method,
         needs=run.stage.needs,
-        inputs=_inputs(skeleton, chosen, index),
+        inputs=inputs_of(skeleton, chosen, index),
         supports={
             path: support.to(run.device)
             for path, support in supports.items()
@@ -183,7 +200,7 @@ def _task(
     )
 
 
-def _inputs(skeleton: Skeleton, chosen: Selection, index: int) -> dict[str, Activation]:
+def inputs_of(skeleton: Skeleton, chosen: Selection, index: int) -> dict[str, Activation]:
     """Node path -> rounding of its input, of one block, earlier stages' included."""
     prefix = f"{skeleton.map.blocks}.{index}."
     inputs = skeleton.state.inputs | chosen.inputs
@@ -206,7 +223,7 @@ def _replay(
         node["name"][len(prefix) :]: format_from(node["stored"])
         for node in run.writer.notes(f"{index:05d}")["nodes"]
     }
-    inputs = _inputs(skeleton, chosen, index)
+    inputs = inputs_of(skeleton, chosen, index)
     scales = {}
     with skeleton.block(index) as module:
         for path, fmt in formats.items():
@@ -235,7 +252,7 @@ def _outside(run: StageRun, skeleton: Skeleton, chosen: Selection) -> None:
         result = NodeResult(packed, grid.form, "nearest", None, 0, seconds)
         stored = skeleton.stored_name(name)
         tensors |= {f"{stored}.{suffix}": tensor for suffix, tensor in packed.items()}
-        nodes.append(_entry(skeleton, name, result))
+        nodes.append(entry_of(skeleton, name, result))
     run.writer.add("outside", tensors, {"nodes": nodes, "seconds": 0.0})
 
 
@@ -264,7 +281,7 @@ def untouched(skeleton: Skeleton, prefix: str, compressed: set[str]) -> dict[str
     return tensors
 
 
-def _entry(skeleton: Skeleton, name: str, result: NodeResult) -> dict[str, Any]:
+def entry_of(skeleton: Skeleton, name: str, result: NodeResult) -> dict[str, Any]:
     """What the journal and the manifest say of a compressed matrix."""
     rows, columns = skeleton.shape(name)
     size = sum(tensor.nbytes for tensor in result.packed.values())

@@ -35,6 +35,10 @@ class Activation(ABC):
         """Rounded activations, shaped like x [..., n]."""
 
     @abstractmethod
+    def soft(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """``round``, differentiable: straight through the codes, and through dynamic scales."""
+
+    @abstractmethod
     def label(self) -> str:
         """Short name for tables: ``a8 token``."""
 
@@ -88,19 +92,32 @@ class IntActivation(Activation):
         """The largest channel's peak over the largest code; see :meth:`Activation.scale`."""
         return (peak.max() / self.largest).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
 
+    def _dynamic(self, x: torch.Tensor) -> torch.Tensor:
+        peak = x.abs().amax(-1, keepdim=True) if self.per == "token" else x.abs().max()
+        return (peak / self.largest).clamp(min=torch.finfo(x.dtype).tiny)
+
     def codes(
         self, x: torch.Tensor, scale: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Integer codes in x's type [..., n], and the scales that belong to them."""
         if scale is None:
-            peak = x.abs().amax(-1, keepdim=True) if self.per == "token" else x.abs().max()
-            scale = (peak / self.largest).clamp(min=torch.finfo(x.dtype).tiny)
+            scale = self._dynamic(x)
         return (x / scale).round_().clamp_(-self.largest - 1, self.largest), scale
 
     def round(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Codes times scales; see :meth:`Activation.round`."""
         codes, scale = self.codes(x, scale)
         return codes.mul_(scale)
+
+    def soft(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """``x + s e`` with the constant error e in units of the scale; see :meth:`Activation.soft`.
+
+        A smaller peak then is a smaller error, which is what smoothing learns from.
+        """
+        with torch.no_grad():
+            codes, size = self.codes(x, scale)
+            error = codes - x / size
+        return x + error * (self._dynamic(x) if scale is None else scale)
 
     def label(self) -> str:
         """For example ``a8 token``, ``a8 tensor static``."""

@@ -65,6 +65,45 @@ class Grid(ABC):
         """The same grid with another support, bool [m, n], or with none; for sparse sets only."""
         raise NotImplementedError(f"{type(self).__name__} has no support")
 
+    # What gradients can move. Tuners ask ``Format.learnable`` and ``Format.scaled`` first.
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """The scale of every group, float [m, G]."""
+        raise NotImplementedError(f"{type(self).__name__} has no scales")
+
+    def units(self, weight: torch.Tensor) -> torch.Tensor:
+        """``round(weight)`` [m, n] in units of the scales: what codes stand for."""
+        raise NotImplementedError(f"{type(self).__name__} has no scales")
+
+    def spread(self, scales: torch.Tensor, columns: int) -> torch.Tensor:
+        """The scale of each column, [m, columns], from one for each group, [m, G]."""
+        raise NotImplementedError(f"{type(self).__name__} has no scales")
+
+    def rescaled(self, scales: torch.Tensor) -> Self:
+        """The same codes under other scales [m, G], which are rounded to their stored type."""
+        raise NotImplementedError(f"{type(self).__name__} has no scales")
+
+    def soft(
+        self,
+        weight: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``adjusted(low, high).round(weight)``, differentiable by straight-through estimation.
+
+        Args:
+            weight: float [m, n].
+            low, high: factors of both ends of each group's range, [m, G].
+            offset: added to the codes before they are rounded, [m, n].
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no ranges")
+
+    def adjusted(self, low: torch.Tensor, high: torch.Tensor) -> Self:
+        """The grid with both ends of each group's range multiplied, [m, G]."""
+        raise NotImplementedError(f"{type(self).__name__} has no ranges")
+
 
 class Format(ABC):
     """A set of matrices; subclasses are frozen dataclasses whose fields are the options.
@@ -78,8 +117,12 @@ class Format(ABC):
         pattern: neighbouring columns that always hold the same number of non-zeros (M of N:M);
             None when there is no pattern.
         density: share of the weights that may differ from zero.
+        scaled: grids have ``scales``, ``units`` and ``rescaled``.
+        learnable: grids have ranges: ``soft`` and ``adjusted``.
     """
 
+    scaled: bool = False
+    learnable: bool = False
     rows_independent: bool = True
     spans_independent: bool = True
     chunk: int | None = None
@@ -149,6 +192,10 @@ class Format(ABC):
 
     def stored_support(self, packed: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """The support of a stored matrix, bool [m, n]; None when it has none."""
+        return None
+
+    def stored_grid(self, packed: Mapping[str, torch.Tensor]) -> Grid | None:
+        """The grid of a stored matrix; None where a matrix does not tell."""
         return None
 
     def inner_width(self, rows: int, columns: int) -> int | None:

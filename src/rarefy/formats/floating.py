@@ -102,6 +102,10 @@ class Float(ElementFormat):
             )
         return FloatGrid(self)
 
+    def stored_grid(self, packed: Mapping[str, torch.Tensor]) -> FloatGrid:
+        """The same for every matrix."""
+        return FloatGrid(self)
+
     def decode(
         self, packed: Mapping[str, torch.Tensor], rows: slice | torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -27,6 +27,7 @@ from rarefy.formats.base import (
     strips,
 )
 from rarefy.formats.packing import pack, unpack, words_per_row
+from rarefy.formats.soft import Ranges, soft_round
 from rarefy.rules import ranges
 
 if TYPE_CHECKING:
@@ -101,6 +102,70 @@ class IntGrid(ElementGrid):
         """The grid of some rows."""
         return type(self)(self.scale[start:stop], self.zero[start:stop], self.form)
 
+    @property
+    def scales(self) -> torch.Tensor:
+        """float [m, G]."""
+        return self.scale
+
+    def units(self, weight: torch.Tensor) -> torch.Tensor:
+        """Codes minus zero points; see :meth:`Grid.units`."""
+        return self._codes(weight, 0).sub_(self._spread(weight.shape[1], 0)[1])
+
+    def spread(self, scales: torch.Tensor, columns: int) -> torch.Tensor:
+        """See :meth:`Grid.spread`."""
+        group = self.form.group or columns
+        return scales.repeat_interleave(group, 1)[:, :columns]
+
+    def rescaled(self, scales: torch.Tensor) -> Self:
+        """Other scales under the same codes and zero points; see :meth:`Grid.rescaled`."""
+        stored = scales.to(_TORCH[self.form.scale_dtype]).to(scales.dtype)
+        return replace(self, scale=stored)
+
+    @property
+    def _ends(self) -> Range:
+        """Both ends of each group's range, [m, G]; of symmetric grids the reach to either side."""
+        if self.form.symmetric:
+            reach = self.scale * self.form.levels / 2
+            return -reach, reach
+        return -self.zero * self.scale, (self.form.levels - self.zero) * self.scale
+
+    def adjusted(self, low: torch.Tensor, high: torch.Tensor) -> Self:
+        """Other ranges; a symmetric grid follows ``high`` alone. See :meth:`Grid.adjusted`."""
+        lo, hi = self._ends
+        stored = _TORCH[self.form.scale_dtype]
+        # Of a 16-bit scale no less than its smallest normal number may be left to divide by,
+        # unless the matrix was that small before.
+        least = self.scale.clamp(max=torch.finfo(stored).tiny)
+        if self.form.symmetric:
+            scale = torch.maximum(self.scale * high, least).to(stored).to(lo.dtype)
+            return replace(self, scale=scale)
+        lo, hi = lo * low, hi * high
+        scale = torch.maximum((hi - lo) / self.form.levels, least).to(stored).to(lo.dtype)
+        zero = (-lo / scale).round_().clamp_(0, self.form.levels)
+        return replace(self, scale=scale, zero=zero)
+
+    def soft(
+        self,
+        weight: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Straight through the roundings of codes, scales and zeros; see :meth:`Grid.soft`."""
+        moved = self.adjusted(low.detach(), high.detach())
+        form, (lo, hi) = self.form, self._ends
+        reach = Ranges(
+            lo=lo,
+            hi=hi,
+            scale=moved.scale,
+            zero=moved.zero,
+            levels=form.levels,
+            group=form.group,
+            symmetric=form.symmetric,
+            stored=_TORCH[form.scale_dtype],
+        )
+        return soft_round(weight, low, high, offset, reach)
+
     @classmethod
     def join(cls, grids: Sequence[Self]) -> Self:
         """Concatenate groups."""
@@ -129,6 +194,9 @@ class Int(ElementFormat):
     symmetric: bool = False
     rule: str = "minmax"
     scale_dtype: str = "float16"
+
+    scaled = True
+    learnable = True
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -232,13 +300,10 @@ class Int(ElementFormat):
         rows: slice | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``scale (code - zero)`` in the stored type; see :meth:`ElementFormat.values`."""
-        count, columns = (int(x) for x in parameters["weight_shape"])
+        columns = int(parameters["weight_shape"][1])
         wanted = slice(None) if rows is None else rows
-        scale = parameters["weight_scale"][wanted].float()
-        zero = torch.full_like(scale, 1 << (self.bits - 1))
-        if not self.symmetric:
-            zeros = parameters["weight_zero_point"]
-            zero = unpack(zeros.T.contiguous(), self.bits, count).T[wanted].float()
+        grid = self.stored_grid(parameters)
+        scale, zero = grid.scale[wanted], grid.zero[wanted]
         groups = codes.float()
         pad = self.groups(columns) * (self.group or columns) - columns
         if pad:
@@ -247,6 +312,16 @@ class Int(ElementFormat):
         groups.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
         values = groups.reshape(scale.shape[0], -1)[:, :columns]
         return values.to(_TORCH[self.scale_dtype]).float()
+
+    def stored_grid(self, packed: Mapping[str, torch.Tensor]) -> IntGrid:
+        """Scales and zero points as they are stored."""
+        scale = packed["weight_scale"].float()
+        rows = int(packed["weight_shape"][0])
+        zero = torch.full_like(scale, 1 << (self.bits - 1))
+        if not self.symmetric:
+            words = packed["weight_zero_point"].T.contiguous()
+            zero = unpack(words, self.bits, rows).T.float()
+        return IntGrid(scale, zero, self)
 
     def store(self, codes: torch.Tensor) -> torch.Tensor:
         """int32 words of the bit stream."""

@@ -100,6 +100,37 @@ class SparseGrid(Grid):
         mask = self.chosen[start:stop]
         return type(self)(mask, self.inner.rows(start, stop), self.form.counted(mask))
 
+    @property
+    def scales(self) -> torch.Tensor:
+        """Those of the values."""
+        return self.inner.scales
+
+    def units(self, weight: torch.Tensor) -> torch.Tensor:
+        """Those of the values, zero off the support."""
+        return self.inner.units(weight).masked_fill(~self.chosen, 0)
+
+    def spread(self, scales: torch.Tensor, columns: int) -> torch.Tensor:
+        """As the values do."""
+        return self.inner.spread(scales, columns)
+
+    def rescaled(self, scales: torch.Tensor) -> Self:
+        """The values under other scales."""
+        return replace(self, inner=self.inner.rescaled(scales))
+
+    def adjusted(self, low: torch.Tensor, high: torch.Tensor) -> Self:
+        """The values' ranges with both ends multiplied."""
+        return replace(self, inner=self.inner.adjusted(low, high))
+
+    def soft(
+        self,
+        weight: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """That of the values, zero off the support; see :meth:`Grid.soft`."""
+        return self.inner.soft(weight, low, high, offset) * self.chosen
+
     @classmethod
     def join(cls, grids: Sequence[Self]) -> Self:
         """Neighbouring spans side by side."""
@@ -145,14 +176,24 @@ class Sparse(Format):
             raise ValueError(f"values cannot be {self.values!r}: give int or float")
 
     @property
+    def scaled(self) -> bool:  # type: ignore[override]
+        """Whether the values have scales."""
+        return self.values.scaled
+
+    @property
+    def learnable(self) -> bool:  # type: ignore[override]
+        """Whether the values have ranges."""
+        return self.values.learnable
+
+    @property
     def density(self) -> float:  # type: ignore[override]
         """Share of the weights that is kept."""
         return self.kept / self.of if self.kept and self.of else 1 - self.sparsity
 
     @property
     def rows_independent(self) -> bool:  # type: ignore[override]
-        """Whether the budget is met in every row."""
-        return self.of is not None or self.scope == "row"
+        """Whether budget and values are matters of a single row."""
+        return self.values.rows_independent and (self.of is not None or self.scope == "row")
 
     @property
     def spans_independent(self) -> bool:  # type: ignore[override]
@@ -281,6 +322,13 @@ class Sparse(Format):
         wanted = slice(None) if rows is None else rows
         values = self.values.values(codes[wanted], packed, rows)
         return values.masked_fill_(~mask[wanted], 0)
+
+    def stored_grid(self, packed: Mapping[str, torch.Tensor]) -> SparseGrid | None:
+        """The stored support, and the values' grid."""
+        inner = self.values.stored_grid(packed)
+        if not isinstance(inner, ElementGrid):
+            return None
+        return SparseGrid(self.stored_support(packed), inner, self)
 
     def stored_support(self, packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """bool [m, n]."""

@@ -1,0 +1,1 @@
+"""Losses: how far a student's reading of a token is from its target. One file for each idea."""

@@ -1,0 +1,1 @@
+"""Tuners: methods that move numbers by gradient. One file each; they register themselves."""
