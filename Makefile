@@ -3,6 +3,7 @@
 # make check   set up, lint, format check, types
 # make bench   set up, run the measurements of bench/ beside peers and of the engine
 # make bench-roles   set up, run every layer-wise preset on the default model: one table
+# make bench-learning   set up, run the presets that learn beside what they improve on: one table
 #
 # PYTHON chooses the interpreter of the virtual environment. Arguments for the installation of torch
 # (a CPU-only index, for example) go into TORCH_ARGS.
@@ -12,7 +13,7 @@ TORCH_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.done
 
-.PHONY: setup demo test check bench bench-roles clean
+.PHONY: setup demo test check bench bench-roles bench-learning clean
 
 setup: $(READY)
 
@@ -41,6 +42,9 @@ bench: $(READY)
 
 bench-roles: $(READY)
 	$(BIN)/python bench/roles.py
+
+bench-learning: $(READY)
+	$(BIN)/python bench/learning.py
 
 clean:
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
-"""What the comparisons with llm-compressor share: its environment, its runs, ours, and the judge.
+"""What the comparisons with peers share: their environments, their runs, ours, and the judge.
 
-llm-compressor lives in a virtual environment of its own, which is made when it is missing. Each
-run is a fresh process with nothing beside it. Seconds are those of the call itself: for the peer
+A peer lives in a virtual environment of its own, which is made when it is missing. Each run is a
+fresh process with nothing beside it. Seconds are those of the call itself: for the peer
 without loading the model and reading the text, for rarefy with both.
 """
 
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,43 @@ from rarefy.checkpoint.resolve import resolve
 from rarefy.data import corpora
 from rarefy.data.tokens import calibration
 
-PEER = "llmcompressor==0.14.0.1"
 TORCH = "torch==2.13.0"
 
 
-def parse(description: str, out: str) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Peer:
+    """A library that is run beside rarefy.
+
+    Attributes:
+        name: as it is called in the tables.
+        package: what pip installs.
+        folder: default name of its virtual environment.
+        child: the script that runs in it.
+    """
+
+    name: str
+    package: str
+    folder: str
+    child: str
+
+
+LLM_COMPRESSOR = Peer("llm-compressor", "llmcompressor==0.14.0.1", ".peer-venv", "peer_child.py")
+AUTO_ROUND = Peer("auto-round", "auto-round==0.16.1", ".autoround-venv", "autoround_child.py")
+
+
+def parser(description: str, out: str, side: Peer = LLM_COMPRESSOR) -> argparse.ArgumentParser:
     """Options; the defaults are the published setting."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--peer-venv", type=Path, default=ROOT / ".peer-venv")
-    parser.add_argument("--calibration", default="web", help="corpus name or file")
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--windows", type=int, nargs=2, default=(8, 1024), metavar=("N", "L"))
-    parser.add_argument("--work", type=Path, help="folder for the results (default: temporary)")
-    parser.add_argument("--out", type=Path, default=OUT / out)
-    return parser.parse_args()
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--model", default="demo")
+    found.add_argument("--peer-venv", type=Path, default=ROOT / side.folder)
+    found.add_argument("--calibration", default="web", help="corpus name or file")
+    found.add_argument("--sequences", type=int, default=64)
+    found.add_argument("--length", type=int, default=512)
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--windows", type=int, nargs=2, default=(8, 1024), metavar=("N", "L"))
+    found.add_argument("--work", type=Path, help="folder for the results (default: temporary)")
+    found.add_argument("--out", type=Path, default=OUT / out)
+    return found
 
 
 def tokens_of(source: Path, options: argparse.Namespace) -> Any:
@@ -51,31 +72,38 @@ def tokens_of(source: Path, options: argparse.Namespace) -> Any:
     return calibration(corpus, tokenizer, options.sequences, options.length, options.seed)
 
 
-def peer_python(venv: Path) -> Path:
-    """The interpreter of the peer's environment, which is made if it is missing."""
+def peer_python(venv: Path, side: Peer) -> Path:
+    """The interpreter of a peer's environment, which is made if it is missing."""
     python = venv / "bin" / "python"
     if not python.exists():
         print(f"making {venv} (a download of some hundred megabytes)")
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        for package in (TORCH, PEER):
+        for package in (TORCH, side.package):
             subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
     return python
 
 
-def peer(python: Path, source: Path, method: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Run llm-compressor; its tokenizer files are added so that the evaluator opens the result.
+def peer_name(side: Peer, method: dict[str, Any]) -> str:
+    """What a peer's row is called."""
+    return f"{side.name} {method['name']}" + (f" int{method['bits']}" if "bits" in method else "")
+
+
+def peer(
+    side: Peer, python: Path, source: Path, method: dict[str, Any], work: Path
+) -> dict[str, Any]:
+    """Run a peer; the tokenizer's files are added so that the evaluator opens the result.
 
     Args:
-        python: its interpreter. source: the dense model.
-        method: {"name": ..., ...}, see peer_child.py.
+        side: which. python: its interpreter. source: the dense model.
+        method: {"name": ..., ...}, see the peer's child.
         work: holds tokens.safetensors; receives the result.
     """
-    label = method["name"] + (f" int{method['bits']}" if "bits" in method else "")
-    name = f"llm-compressor {label}"
+    name = peer_name(side, method)
+    label = name.replace(" ", "-")
     order, answer = work / f"{label}.job.json", work / f"{label}.answer.json"
     job = {"model": str(source), "tokens": str(work / "tokens.safetensors"), "method": method}
     order.write_text(json.dumps(job | {"out": str(work / name)}))
-    child = Path(__file__).with_name("peer_child.py")
+    child = Path(__file__).with_name(side.child)
     process = run_child(
         [python, child, order, answer], work / f"{label}.log", {"HF_HUB_OFFLINE": "1"}
     )
@@ -131,7 +159,7 @@ def in_turns(
     pairs: list[tuple[dict[str, Any], str]],
     alone: str,
 ) -> dict[str, Any]:
-    """Run the peer and rarefy in turns on the same tokens, and evaluate all results.
+    """Run llm-compressor and rarefy in turns on the same tokens, and evaluate all results.
 
     Args:
         bench: name of the report.
@@ -141,14 +169,14 @@ def in_turns(
     """
     source = resolve(options.model)
     tokens = tokens_of(source, options)
-    python = peer_python(options.peer_venv)
+    python = peer_python(options.peer_venv, LLM_COMPRESSOR)
     with tempfile.TemporaryDirectory(prefix="rarefy-peer-", dir=options.work) as folder:
         work = Path(folder)
         save_file({"ids": tokens.ids}, work / "tokens.safetensors")
         peak = matmul_peak()
         runs = []
         for method, recipe in pairs:
-            runs.append(peer(python, source, method, work))
+            runs.append(peer(LLM_COMPRESSOR, python, source, method, work))
             runs.append(ours(source, recipe, work, options))
             if runs[-1]["tokens_sha256"] != tokens.sha256:
                 sys.exit("the two sides were given different tokens")
@@ -163,33 +191,43 @@ def in_turns(
     return {
         "bench": bench,
         "machine": machine(options.seed),
-        "calibration": {
-            "corpus": tokens.corpus,
-            "shape": list(tokens.ids.shape),
-            "sha256": tokens.sha256,
-            "sample": tokens.sample,
-        },
+        "calibration": described(tokens),
         "matmul_gflops": peak,
         "work": effort,
         "runs": runs,
     }
 
 
+def described(tokens: Any) -> dict[str, Any]:
+    """Calibration rows, for a report."""
+    return {
+        "corpus": tokens.corpus,
+        "shape": list(tokens.ids.shape),
+        "sha256": tokens.sha256,
+        "sample": tokens.sample,
+    }
+
+
 def table(report: dict[str, Any]) -> None:
-    """Print the result."""
+    """Print the result, with the arithmetic that cannot be avoided."""
     work, peak = report["work"], report["matmul_gflops"]
     print(
         f"floor {work['forward'] / 1e12:.2f} + {work['grams'] / 1e12:.2f} TFLOP; "
         f"fp32 matrix product {peak:.0f} GFLOP/s"
     )
+    ranking(report["runs"])
+
+
+def ranking(runs: list[dict[str, Any]]) -> None:
+    """Print the runs, the closest to the dense model first."""
     head = ("", "KL to dense", "95 %", "ppl", "top-1", "s", "process s", "peak GB", "% of peak")
     rows = []
-    for run in sorted(report["runs"], key=lambda one: one["kl_mean"]["value"]):
-        kl, share = run["kl_mean"], run["share_of_peak"]
+    for run in sorted(runs, key=lambda one: one["kl_mean"]["value"]):
+        kl, share = run["kl_mean"], run.get("share_of_peak")
         rows.append(
             (run["name"], kl["value"], f"{kl['low'] or 0:.4f} to {kl['high'] or 0:.4f}",
              run["perplexity"]["value"], run["agreement"]["value"], run["seconds"],
              run["process_seconds"], run["peak_bytes"] / 1e9,
              f"{100 * share:.1f}" if share else "")
         )  # fmt: skip
-    show(f"dense perplexity {report['runs'][0]['perplexity_dense']['value']:.3f}", head, rows)
+    show(f"dense perplexity {runs[0]['perplexity_dense']['value']:.3f}", head, rows)

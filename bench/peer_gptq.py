@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from common import Criterion, close
-from peer import in_turns, parse, table
+from peer import in_turns, parser, table
 
 LIMIT, GOAL = 0.55, 0.45
 
 
 def main() -> None:
     """Compress in turns, evaluate all, judge."""
-    options = parse(__doc__.splitlines()[0], "peer_gptq.json")
+    options = parser(__doc__.splitlines()[0], "peer_gptq.json").parse_args()
     pairs = [({"name": "gptq", "bits": bits}, f"gptq-int{bits}-g64") for bits in (4, 3)]
     report = in_turns("peer_gptq", options, pairs, "rtn-int4-g64")
     table(report)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from common import Criterion, close
-from peer import in_turns, parse, table
+from peer import in_turns, parser, table
 
 LIMIT = 0.5
 METHODS = ("wanda", "sparsegpt")
@@ -18,7 +18,7 @@ METHODS = ("wanda", "sparsegpt")
 
 def main() -> None:
     """Compress in turns, evaluate all, judge."""
-    options = parse(__doc__.splitlines()[0], "peer_pruning.json")
+    options = parser(__doc__.splitlines()[0], "peer_pruning.json").parse_args()
     pairs = [({"name": name, "sparsity": 0.5}, f"{name}-50") for name in METHODS]
     report = in_turns("peer_pruning", options, pairs, "magnitude-50")
     table(report)

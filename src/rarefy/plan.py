@@ -20,6 +20,7 @@ from rarefy.engine.skeleton import Skeleton
 from rarefy.export.containers import obstacle
 from rarefy.formats.base import BYTES, stored_bytes
 from rarefy.recipe import load_recipe
+from rarefy.tuners.base import ModelTuner
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +63,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted peak resident memory, in bytes; the three phases follow one another.
+    """Predicted peak resident memory, in bytes; the phases follow one another.
 
     Attributes:
         baseline: this process with its libraries and the empty model, measured.
@@ -73,6 +74,8 @@ class Memory:
             the Gram and for its factor, in fp64 for the factorization, and three copies of the
             widest group of matrices.
         outside: everything outside the blocks.
+        training: where the whole model is trained, student and dense model in fp32, gradients and
+            the optimizer's state as if every number moved, and three copies of the logits.
         kept: freed pieces that the C library keeps, tokenizer and text; a rule of thumb.
     """
 
@@ -80,12 +83,14 @@ class Memory:
     capture: int
     blocks: int
     outside: int
+    training: int
     kept: int
 
     @property
     def peak(self) -> int:
         """Baseline, what stays behind, and the largest phase."""
-        return self.baseline + self.kept + max(self.capture, self.blocks, self.outside)
+        phases = (self.capture, self.blocks, self.outside, self.training)
+        return self.baseline + self.kept + max(phases)
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ def plan(
         if stage.role == "surgery":
             smaller = resized_config(skeleton, sizes_after(skeleton, stage))
             skeleton = Skeleton(skeleton.checkpoint, skeleton.device, config=smaller)
-        if stage.role != "solver":
+        if not stage.schemes or stage.role == "transform":
             continue
         chosen = select(skeleton, stage)
         notes |= dict.fromkeys(chosen.notes)
@@ -262,5 +267,10 @@ def _memory(
     if any("gradients" in stage.needs for stage in recipe.stages):
         capture = max(capture, 4 * 4 * sum(sizes))
     outside = sum(e.bytes for e in rest)
+    training = 0
+    if any(isinstance(stage.method, ModelTuner) for stage in recipe.stages):
+        vocabulary = skeleton.model.config.get_text_config().vocab_size
+        training = 4 * (5 * skeleton.parameters + 3 * _CAPTURE_TOKENS * vocabulary)
     kept = min(capture + blocks, _KEPT)
-    return Memory(psutil.Process().memory_info().rss, capture, blocks, outside, kept)
+    now = psutil.Process().memory_info().rss
+    return Memory(now, capture, blocks, outside, training, kept)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rarefy.allocate.base import ALLOCATORS
 from rarefy.formats.base import FORMATS
 from rarefy.recipe import iterate_formats
+from rarefy.tuners.base import TUNERS
 
 if TYPE_CHECKING:
     from rarefy.recipe import Recipe
@@ -19,7 +20,7 @@ _NEAREST = {"pruning": "magnitude", "quantization": "rtn", "low rank": "svd"}
 
 
 def role(recipe: Recipe) -> str:
-    """Return "quantization", "pruning", "low rank", "surgery", or "composition" of several."""
+    """Return "quantization", "pruning", "low rank", "surgery", "recovery", or "composition"."""
     kinds = _kinds(recipe)
     return kinds.pop() if len(kinds) == 1 else COMPOSITION
 
@@ -46,6 +47,8 @@ def _kinds(recipe: Recipe) -> set[str]:
     for stage in recipe.stages:
         if stage.role == "surgery":
             kinds.add("surgery")
+        if stage.role == "tuner":
+            kinds.add(TUNERS.card(stage.name).family)
         if any(scheme and scheme.input for _, scheme in stage.schemes):
             kinds.add("quantization")
     return kinds

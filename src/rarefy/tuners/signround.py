@@ -10,8 +10,13 @@ Quantization of LLMs", Findings of EMNLP 2024, arXiv 2309.05516, sections 3.1 to
     alpha  factor of a group's upper end, beta of its lower one, in [0, 1], start at 1
     T      steps; the learning rate starts at 1 / T and falls to 0 linearly
 
-Where we differ: the grid's own rule says where ranges begin (the paper: min-max), and the stage may
-follow a solver, whose codes are then refined. Without a step the codes are those of the start.
+Where we differ, and why:
+ * With ``relative`` each token's error is taken in units of the token's own size. Hidden states of
+   a few tokens, the first of a text above all, are a thousand times as large as the others and
+   make up most of a plain mean; but every norm that follows divides by the size.
+ * The grid's own rule says where ranges begin (the paper: min-max).
+ * The stage may follow a solver, whose codes are then refined.
+Without a step the codes are those of the start.
 """
 
 from __future__ import annotations
@@ -108,6 +113,8 @@ class SignRound(BlockTuner):
         learning_rate: the first step's; None for 1 / T.
         learn_range: also learn alpha and beta.
         best: keep the step with the least loss of its rows, as the paper does; otherwise the last.
+        relative: weigh a token's squared error by the inverse of its squared size (not in the
+            paper).
         norms: also learn the norms' weights, at this share of the learning rate (not in the paper).
 
     Raises:
@@ -119,6 +126,7 @@ class SignRound(BlockTuner):
     learning_rate: float | None = None
     learn_range: bool = True
     best: bool = True
+    relative: bool = False
     norms: float = 0.0
 
     def __post_init__(self) -> None:
@@ -139,6 +147,13 @@ class SignRound(BlockTuner):
     def optimizer(self, groups: Groups) -> torch.optim.Optimizer:
         """Every number moves by the same amount."""
         return SignSGD(groups)
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the block's output [B, L, h], or of its direction."""
+        if not self.relative:
+            return super().loss(output, target)
+        size = target.square().mean(-1)
+        return ((output - target).square().mean(-1) / size.clamp(min=1e-12)).mean()
 
     def begin(self, block: BlockView) -> BlockTuning:
         """Offsets 0 and factors 1.
