@@ -157,18 +157,26 @@ def _copy(progress: Progress, leaves: list[torch.Tensor]) -> None:
 
 
 class SignSGD(torch.optim.Optimizer):
-    """``theta <- theta - lr sign(gradient)``: every number moves by the same amount.
+    """``theta <- theta - lr sign(m)``: every number moves by the same amount.
 
-    Bernstein et al., 2018 (arXiv 1802.04434); without momentum or weight decay.
+    ``m`` is the gradient (Bernstein et al., 2018, arXiv 1802.04434), or with momentum its running
+    mean, ``m <- momentum m + (1 - momentum) gradient``, which forgives the noise of small batches.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
+    def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update."""
         for group in self.param_groups:
             for leaf in group["params"]:
-                if leaf.grad is not None:
-                    leaf.add_(leaf.grad.sign_(), alpha=-group["lr"])
+                if leaf.grad is None:
+                    continue
+                direction = leaf.grad
+                if group["momentum"]:
+                    state = self.state[leaf]
+                    mean = state.setdefault("mean", torch.zeros_like(leaf))
+                    mean.lerp_(leaf.grad, 1 - group["momentum"])
+                    direction = mean
+                leaf.add_(direction.sign(), alpha=-group["lr"])

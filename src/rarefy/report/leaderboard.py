@@ -143,6 +143,8 @@ def leaderboard_markdown(board: Board) -> str:
     ]  # fmt: skip
     hidden = hidden_loss(rows, board)
     parts = [
+        "# Leaderboard",
+        "Written by `rarefy kick MODEL --markdown FILE`.",
         f"{_escape(headline(rows, dense))}.",
         _escape(hidden if isinstance(hidden, str) else hidden.sentence),
         _table(head, [_cells(row, families) for row in [dense, *rows]]),

@@ -113,6 +113,7 @@ class SignRound(BlockTuner):
         learning_rate: the first step's; None for 1 / T.
         learn_range: also learn alpha and beta.
         best: keep the step with the least loss of its rows, as the paper does; otherwise the last.
+        momentum: of the mean gradient whose sign is taken; 0 in the paper.
         relative: weigh a token's squared error by the inverse of its squared size (not in the
             paper).
         norms: also learn the norms' weights, at this share of the learning rate (not in the paper).
@@ -126,12 +127,15 @@ class SignRound(BlockTuner):
     learning_rate: float | None = None
     learn_range: bool = True
     best: bool = True
+    momentum: float = 0.0
     relative: bool = False
     norms: float = 0.0
 
     def __post_init__(self) -> None:
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), and {self.momentum} does not")
         Loop(self.steps, self.rows)
 
     @property
@@ -146,7 +150,7 @@ class SignRound(BlockTuner):
 
     def optimizer(self, groups: Groups) -> torch.optim.Optimizer:
         """Every number moves by the same amount."""
-        return SignSGD(groups)
+        return SignSGD(groups, momentum=self.momentum)
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the block's output [B, L, h], or of its direction."""
