@@ -118,7 +118,8 @@ from rarefy.engine.stage import Watcher
 train._SAVE_SECONDS = 0.0
 model, plan, out, text = sys.argv[1:]
 data = rarefy.Calibration(text, 4, 24)
-rarefy.compress(model, plan, out, calibration=data, watcher=Watcher(step=lambda a, b: print(a, b, flush=True)))
+tell = Watcher(step=lambda done, total: print(done, total, flush=True))
+rarefy.compress(model, plan, out, calibration=data, watcher=tell)
 """
 
 
