@@ -14,7 +14,6 @@ gradients of all micro-batches, which then go back to the numbers in one piece.
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from rarefy.engine.fit import fit
 from rarefy.engine.observe import observe
 from rarefy.engine.skeleton import Skeleton, is_transposed, matrix_of, set_matrix
 from rarefy.engine.stage import entry_of, inputs_of, run_stage, untouched
-from rarefy.engine.walk import NodeResult, advance
+from rarefy.engine.walk import NodeResult, advance, rounded_inputs
 from rarefy.errors import RarefyError
 from rarefy.maps.check import columns_of, rows_of
 from rarefy.maps.model_map import dims_of
@@ -36,7 +35,7 @@ from rarefy.resources import return_unused_pages
 from rarefy.tuners.base import TUNERS, BlockTuner, BlockView, FoldableEdge, Start
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import nn
 
@@ -140,7 +139,7 @@ def _block(work: _Work, index: int) -> None:
         rounding = inputs_of(skeleton, work.chosen, index)
         scales = _input_scales(skeleton, index, rounding, run.device)
         finished = run.writer.has(part)
-        with straight_through(module, rounding, scales):
+        with rounded_inputs(module, rounding, scales, soft=True):
             if finished:
                 _restore(run, skeleton, module, index)
             else:
@@ -344,28 +343,3 @@ def _input_scales(
         for path, activation in rounding.items()
         if activation.static
     }
-
-
-@contextmanager
-def straight_through(
-    module: nn.Module, inputs: Mapping[str, Activation], scales: Mapping[str, torch.Tensor]
-) -> Iterator[None]:
-    """Round the inputs of some linears, in a way that lets gradients pass.
-
-    Args:
-        module: holds the linears. inputs: path -> format. scales: path -> stored scale, of static
-            formats.
-    """
-
-    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (inputs[path].soft(args[0], scales.get(path)), *args[1:])
-
-        return enter
-
-    handles = [module.get_submodule(path).register_forward_pre_hook(hook(path)) for path in inputs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -142,7 +142,11 @@ def advance(module: nn.Module, index: int, batches: list[Batch]) -> None:
 
 @contextmanager
 def rounded_inputs(
-    module: nn.Module, inputs: Mapping[str, Activation], scales: Mapping[str, torch.Tensor]
+    module: nn.Module,
+    inputs: Mapping[str, Activation],
+    scales: Mapping[str, torch.Tensor],
+    *,
+    soft: bool = False,
 ) -> Iterator[None]:
     """Round the inputs of some linears of a block, as the stored model will do.
 
@@ -150,13 +154,15 @@ def rounded_inputs(
         module: the block.
         inputs: node path -> format.
         scales: node path -> stored scale, of static formats; may be filled on the way.
+        soft: round in the way that lets gradients pass.
     """
 
     def hook(
         path: str,
     ) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
         def enter(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (inputs[path].round(args[0], scales.get(path)), *args[1:])
+            rounding = inputs[path].soft if soft else inputs[path].round
+            return (rounding(args[0], scales.get(path)), *args[1:])
 
         return enter
 

@@ -132,16 +132,22 @@ def _job(
     return plain
 
 
+def _summary(out: Path) -> dict[str, Any]:
+    """The summary in a folder; empty where there is none that can be read."""
+    try:
+        found = json.loads((out / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _finished(out: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     """The summary at ``out`` if the same job was finished there; refuse anything else."""
     if not out.exists():
         return None
-    try:
-        summary: dict[str, Any] = json.loads((out / SUMMARY).read_text())
-        if {key: summary[key] for key in job} == job:
-            return summary
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    summary = _summary(out)
+    if all(key in summary and summary[key] == value for key, value in job.items()):
+        return summary
     if out.is_dir() and not any(out.iterdir()):
         return None
     raise RarefyError(

@@ -200,9 +200,13 @@ def _retry_after(value: str | None) -> float:
     try:
         return max(float(value), 0.0)
     except ValueError:
-        pass
+        return _until(value)
+
+
+def _until(date: str) -> float:
+    """Seconds until a date of HTTP; 0 if it has passed, or is none."""
     try:
-        when = parsedate_to_datetime(value)
+        when = parsedate_to_datetime(date)
     except ValueError:
         return 0.0
     return max((when.astimezone(UTC) - datetime.now(UTC)).total_seconds(), 0.0)
