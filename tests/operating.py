@@ -14,7 +14,7 @@ from rarefy.checkpoint.writer import Writer
 from rarefy.data.tokens import TokenSet
 from rarefy.engine.operate import run_surgery
 from rarefy.engine.stage import StageRun, Watcher
-from rarefy.recipe import Stage
+from rarefy.stages import Stage
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ from rarefy.data.tokens import TokenSet
 from rarefy.engine.absorb import run_transform
 from rarefy.engine.stage import StageRun, Watcher
 from rarefy.evaluate.planted import plant
-from rarefy.recipe import Scheme, Stage
+from rarefy.stages import Scheme, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

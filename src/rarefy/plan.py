@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rarefy.formats.base import Format
-    from rarefy.recipe import Recipe
+    from rarefy.stages import Recipe
 
 _KEPT = 150_000_000  # bytes, seen on models of 0.1 to 1 GB
 _CAPTURE_TOKENS = 1024  # tokens of one batch; see engine.capture.capture_all

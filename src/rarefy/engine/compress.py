@@ -29,7 +29,7 @@ from rarefy.engine.train import run_model_tuner
 from rarefy.engine.tune import run_block_tuner
 from rarefy.errors import RarefyError
 from rarefy.objectives.rows import Rows
-from rarefy.recipe import Text, load_recipe
+from rarefy.recipe import load_recipe
 from rarefy.synthesis.rows import read_rows, token_rows
 from rarefy.tuners.base import BlockTuner, ModelTuner
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rarefy.data.tokens import TokenSet
-    from rarefy.recipe import Recipe, Stage
+    from rarefy.stages import Recipe, Stage, Text
 
 
 _RUN = {

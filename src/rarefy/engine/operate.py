@@ -24,7 +24,7 @@ from rarefy.surgery.base import DepthSurgery, WidthSurgery
 
 if TYPE_CHECKING:
     from rarefy.engine.stage import StageRun
-    from rarefy.recipe import Stage
+    from rarefy.stages import Stage
     from rarefy.surgery.base import Kind
 
 _CHOICE = "choice"  # the journalled part that holds the scores; no part of the result

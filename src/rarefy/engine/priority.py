@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rarefy.engine.stage import StageRun
     from rarefy.objectives.policy import Policy
     from rarefy.objectives.rows import Rows
-    from rarefy.recipe import Priority
+    from rarefy.stages import Priority
 
 _TOKENS = 1024  # of a forward pass
 

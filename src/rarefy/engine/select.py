@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rarefy.engine.skeleton import Skeleton
     from rarefy.formats.activation import Activation
     from rarefy.formats.base import Format
-    from rarefy.recipe import Stage
+    from rarefy.stages import Stage
 
 
 @dataclass(frozen=True)

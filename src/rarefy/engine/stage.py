@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rarefy.engine.select import Selection
     from rarefy.formats.activation import Activation
     from rarefy.objectives.rows import Rows
-    from rarefy.recipe import Stage
+    from rarefy.stages import Stage
 
     Walk = Callable[["StageRun", Skeleton, Selection], dict[str, float]]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from rarefy.evaluate.damage import TaskDamage
     from rarefy.evaluate.records import Record
-    from rarefy.recipe import Recipe
+    from rarefy.stages import Recipe
     from rarefy.tasks.base import TaskInfo
 
 LOST = 20

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rarefy.errors import RarefyError
-from rarefy.recipe import Recipe, load_recipe, presets
+from rarefy.recipe import load_recipe, presets
 from rarefy.registry import suggest
 from rarefy.tasks.catalogue import catalogue
 from rarefy.tasks.catalogue import profile as item_counts
@@ -18,6 +18,7 @@ from rarefy.tasks.local import local_task
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from rarefy.stages import Recipe
     from rarefy.tasks.base import TaskInfo
 
 _PREFIX = "rarefy_"

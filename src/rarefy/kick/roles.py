@@ -10,7 +10,7 @@ from rarefy.recipe import iterate_formats
 from rarefy.tuners.base import TUNERS
 
 if TYPE_CHECKING:
-    from rarefy.recipe import Recipe
+    from rarefy.stages import Recipe
 
 COMPOSITION = "composition"
 _STORAGE = "storage"  # a format that only says how kept values are written

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from rarefy.kick.choose import Tasks
     from rarefy.kick.local import Tell
-    from rarefy.recipe import Recipe
+    from rarefy.stages import Recipe
 
 
 @dataclass(frozen=True)
