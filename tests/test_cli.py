@@ -142,7 +142,10 @@ def test_export_makes_a_dense_folder(work: Path, packed: tuple[Path, str]) -> No
         (["compress", "NOWHERE/x", "--recipe", "rtn-int4-g64", "--out", "X"], "no model"),
         (["plan", "DENSE", "--recipe", "BAD"], "damping"),
         (["export", "DENSE", "--format", "dense", "--out", "X"], "dense already"),
-        (["export", "DENSE", "--format", "onyx", "--out", "X"], "known: dense"),
+        (
+            ["export", "DENSE", "--format", "onyx", "--out", "X"],
+            "known: awq, compressed-tensors, dense",
+        ),
         (["compare", "DENSE"], "no report"),
         (["compare", "BAD"], "not a report"),
         (["evaluate", "DENSE", "--against", "DENSE", "--text", "EMPTY"], "no text"),

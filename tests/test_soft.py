@@ -7,6 +7,7 @@ import torch
 
 from rarefy.formats.integer import Int, IntGrid
 from rarefy.formats.sparse import Sparse
+from rarefy.kernels import library
 
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CASES = [
@@ -187,3 +188,31 @@ def test_what_a_sparse_grid_leaves_out_gets_neither_value_nor_gradient() -> None
     assert (W.grad[grid.chosen] != 0).any()
     read = grid.form.stored_grid(grid.encode(W.detach()))
     assert read is not None and torch.equal(read.round(W.detach()), value)
+
+
+@pytest.mark.parametrize("form", CASES, ids=lambda f: f"{f.label()} {f.scale_dtype}")
+@pytest.mark.parametrize("offset", [False, True])
+def test_the_compiled_kernel_does_what_torch_does(
+    form: Int, offset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library.available():
+        pytest.skip(library.reason())
+    W = weights(70, 50).float()
+    grid = form.fit(W)
+    m, G = grid.scales.shape
+    low, high = (spread(m, G, 0.6, 1.1, seed).float() for seed in (1, 2))
+    V = spread(*W.shape, -0.5, 0.5, 3).float() if offset else None
+    slopes = weights(70, 50, seed=4).float()
+    results = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr("rarefy.formats.soft.soft_rounding", lambda *given: None)
+        leaves = [x if x is None else x.clone().requires_grad_() for x in (W, low, high, V)]
+        value = grid.soft(*leaves)
+        (value * slopes).sum().backward()
+        results.append([value.detach(), *(x.grad for x in leaves if x is not None)])
+    assert torch.equal(results[0][0], results[1][0])
+    for one, other in zip(results[0][1:], results[1][1:], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))

@@ -15,17 +15,24 @@ from typer.core import TyperCommand, TyperGroup
 
 import rarefy
 from rarefy import console
+from rarefy.bench import Load
+from rarefy.bench import bench as measure_bench
+from rarefy.chat import chat as talk
+from rarefy.chat import open_voice
 from rarefy.checkpoint.writer import write_atomic, write_json
 from rarefy.doctor import examine
 from rarefy.engine.compress import Calibration
 from rarefy.engine.stage import Watcher
 from rarefy.errors import RarefyError
+from rarefy.evaluate.incremental import evaluate_cache
+from rarefy.formats.kv import KVFormat
 from rarefy.kick.run import Options
 from rarefy.methods import methods_markdown
 from rarefy.report import words
 from rarefy.report.card import card
 from rarefy.report.compare import comparison_markdown, comparison_table
 from rarefy.report.html import render_comparison_html, render_html
+from rarefy.runtime.sampling import Sampling
 from rarefy.synthesis.base import SYNTHESIZERS
 from rarefy.synthesis.engine import Settings
 from rarefy.synthesis.questions import read_questions
@@ -195,17 +202,33 @@ def evaluate(
     sequences: Annotated[int | None, typer.Option(metavar="N", help="Windows.")] = None,
     length: Annotated[int | None, typer.Option(metavar="L", help="Tokens of a window.")] = None,
     speed: Annotated[bool, typer.Option(help="Also measure speed and peak memory.")] = True,
+    kv: Annotated[
+        str | None,
+        typer.Option(metavar="8|4|2", help="Also read token by token, with a cache of these bits."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the report here.")
     ] = None,
 ) -> None:
     """Measure quality, size and speed beside the dense model; write the report into DIR."""
+    form = None if kv is None else KVFormat.parse(kv)
     with console.meter("load") as meter:
+
+        def tell(what: str, done: int, total: int) -> None:
+            meter.step(done, total, what)
+
         report = rarefy.evaluate(
             directory, against, text=text, sequences=sequences, length=length, speed=speed,
-            progress=lambda what, done, total: meter.step(done, total, what),
+            progress=tell,
         ).report()  # fmt: skip
+        if form is not None:
+            reading = evaluate_cache(
+                directory, form, text=text, sequences=sequences, length=length, progress=tell
+            )
+            report["cache"] = dataclasses.asdict(reading)
     console.show_report(report)
+    if form is not None:
+        console.show_cache(report["cache"])
     folder = Path(directory)
     if (folder / "manifest.json").is_file():
         write_json(folder / "report.json", report)
@@ -335,16 +358,79 @@ def methods(
 
 
 @app.command()
-def export(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by compress.")],
-    out: _Out,
-    form: Annotated[str, typer.Option("--format", help="dense.")] = "dense",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; by default the source's.")
+def bench(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The model to measure.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The dense model, measured in turn.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the prompt.")] = 128,
+    new: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens made after it.")] = 64,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the CPU.")] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Processes of each.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Measure time to first token, prefill and decode rate, peak memory, share of bandwidth."""
+    load = Load(prompt, new, threads, rounds)
+    with console.meter("measurement") as meter:
+        done = measure_bench(directory, against, load, meter.step)
+    if as_json:
+        typer.echo(json.dumps(done.report(), indent=1))
+    else:
+        console.show_bench(done)
+
+
+@app.command()
+def chat(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The model to talk to.")],
+    beside: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Also ask this one; answers side by side.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Said to it first.")] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Of each answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens only.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    kv: Annotated[
+        str | None,
+        typer.Option(metavar="8|4|2", help="Hold keys and values of DIR in these bits; slower."),
     ] = None,
 ) -> None:
-    """Write a compressed folder in another format: dense opens anywhere."""
-    made = rarefy.export(directory, out, format=form, dtype=dtype)
+    """Talk to a model, line by line, on the terminal or through a pipe."""
+    rules = Sampling(max_tokens, temperature, top_p, seed)
+    form = None if kv is None else KVFormat.parse(kv)
+    others = [] if beside is None else [open_voice(beside, rules, system)]
+    talk([*others, open_voice(directory, rules, system, form)])
+
+
+@app.command()
+def export(
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A folder made by compress; for GGUF any MODEL.")
+    ],
+    out: _Out,
+    form: Annotated[
+        str, typer.Option("--format", help="dense, gguf, gptq, awq or compressed-tensors.")
+    ] = "dense",
+    dtype: Annotated[
+        str | None, typer.Option(help="dense: float32, float16 or bfloat16; else the source's.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--type", metavar="TYPE", help="Q4_K_M, Q8_0, ...; or FP8.")
+    ] = None,
+    embedding: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="gguf: of embedding and head.")
+    ] = None,
+    imatrix: Annotated[
+        str | None, typer.Option(metavar="FILE|CORPUS", help="gguf: which columns matter.")
+    ] = None,
+) -> None:
+    """Write a compressed folder in another format; one that cannot say it is refused."""
+    with console.meter("tensor") as meter:
+        made = rarefy.export(
+            directory, out, format=form, dtype=dtype, type=kind, embedding=embedding,
+            imatrix=imatrix, say=console.say,
+            tell=lambda what, done, total: meter.step(done, total, what),
+        )  # fmt: skip
     console.out.print(f"{made}: written", highlight=False, markup=False)
 
 

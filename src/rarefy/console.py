@@ -26,9 +26,11 @@ from rich.table import Table
 from rarefy.report.words import NONE, estimate, number, percent, seconds, size, times
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from rarefy.bench import Bench
     from rarefy.doctor import Finding
+    from rarefy.evaluate.speed import Speed
     from rarefy.plan import Plan
     from rarefy.report.words import Report
 
@@ -237,6 +239,50 @@ def show_report(report: Report) -> None:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     out.print(table)
+
+
+def show_cache(cache: Report) -> None:
+    """Print what a quantized cache does to text that is read token by token."""
+    quality = cache["quality"]
+    table = grid("read token by token", "full cache", cache["format"])
+    rows = [
+        ("perplexity", estimate(quality["perplexity_dense"]), estimate(quality["perplexity"])),
+        ("KL to full cache, mean", "0", estimate(quality["kl_mean"])),
+        (f"cache of {cache['tokens']} tokens", size(cache["bytes_full"]), size(cache["bytes"])),
+        ("time", seconds(cache["seconds_full"]), seconds(cache["seconds"])),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def show_bench(done: Bench) -> None:
+    """Print what was measured, one model a column."""
+    table = grid("", *(row.name for row in done.rows))
+    lines: dict[str, Callable[[Speed], str]] = {
+        "engine": lambda s: s.engine,
+        "time to first token": lambda s: seconds(s.ttft_s),
+        "prefill, tokens/s": lambda s: number(s.prefill_tok_s),
+        "decode, tokens/s": lambda s: number(s.decode_tok_s),
+        "read a token": lambda s: size(s.token_bytes),
+        "peak memory": lambda s: size(s.peak_bytes),
+        "  of it before loading": lambda s: size(s.baseline_bytes),
+        "load": lambda s: seconds(s.load_s),
+    }
+    for what, show in lines.items():
+        table.add_row(what, *(escape(show(row.speed)) for row in done.rows))
+    table.add_row("share of read bandwidth", *(percent(row.share) for row in done.rows))
+    out.print(table)
+    first = done.rows[0].speed
+    out.print(
+        f"{first.device}, {first.threads} threads, {first.prompt_tokens} tokens of prompt, "
+        f"{first.new_tokens} made; memory reads {size(done.read_bandwidth)}/s",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    for row in done.rows:
+        out.print(f"{row.name}: {row.speed.kernel}", highlight=False, markup=False)
+        if row.speed.obstacle:
+            out.print(f"{row.name}: {row.speed.obstacle}", highlight=False, markup=False)
 
 
 def show_methods(rows: Sequence[dict[str, Any]]) -> None:

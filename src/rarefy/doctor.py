@@ -17,6 +17,7 @@ import torch
 
 from rarefy.checkpoint.load import default_device
 from rarefy.data.packages import cache_dir
+from rarefy.kernels import library
 from rarefy.report.words import number, size
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def examine(*, online: bool = False) -> list[Finding]:
         _compressed_tensors(),
         Finding("threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical cores"),
         _processor(),
+        _kernels(),
         _accelerator(),
         _matrix_product(),
         _memory(),
@@ -84,6 +86,16 @@ def _processor() -> Finding:
     good = capability != "DEFAULT" or platform.machine() not in ("x86_64", "AMD64")
     advice = "" if good else "torch found neither AVX2 nor AVX-512; everything works, slowly"
     return Finding("processor", f"{platform.machine()}, {capability}", good, advice)
+
+
+def _kernels() -> Finding:
+    """Whether compiled kernels run, with which instructions, or why the torch reference does."""
+    if library.available():
+        return Finding("kernels", f"compiled, {library.instructions()}")
+    return Finding(
+        "kernels", "torch reference", False,
+        f"packed weights are decoded at every use, which is slow: {library.reason()}",
+    )  # fmt: skip
 
 
 def _accelerator() -> Finding:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rarefy.allocate.base import ALLOCATORS
 from rarefy.formats.activation import ACTIVATIONS
 from rarefy.formats.base import FORMATS, Format
+from rarefy.formats.kv import CACHES
 from rarefy.losses.base import LOSSES
 from rarefy.objectives.base import OBJECTIVES
 from rarefy.recipe import describe, iterate_formats, iterate_objectives, load_recipe, presets
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 REGISTRIES: tuple[Registry[Any], ...] = (
     FORMATS,
     ACTIVATIONS,
+    CACHES,
     SOLVERS,
     TRANSFORMS,
     SURGERIES,

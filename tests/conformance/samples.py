@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from rarefy.formats.base import FORMATS
+from rarefy.formats.bcq import BCQ
 from rarefy.formats.floating import Float
+from rarefy.formats.ggml import TYPES, Ggml
 from rarefy.formats.integer import Int
 from rarefy.formats.low_rank import LowRank
 from rarefy.formats.nf4 import NF4
@@ -43,7 +45,19 @@ FORMAT_SAMPLES: dict[str, list[Any]] = {
         Int(8, **_BF16),
         Int(8, symmetric=True, **_BF16),
     ],
+    "ggml": [Ggml(name) for name in TYPES],
     "nf4": [NF4(), NF4(double_quantization=False)],
+    "bcq": [
+        *(BCQ(bits, group=16) for bits in range(1, 5)),
+        BCQ(3, group=None),
+        BCQ(3, group=64, offset=False),
+        BCQ(2, group=40, **_BF16),
+        BCQ(4, group=None, offset=False, scale_dtype="float32"),
+        BCQ(3, group=24, offset=False, rule="greedy"),
+        *(BCQ(bits, group=16, rule="uniform") for bits in (2, 3, 8)),
+        BCQ(4, group=None, rule="uniform", **_BF16),
+        BCQ(2, group=8, rule="uniform", offset=False),
+    ],
     "float": [Float("float16"), Float("bfloat16"), Float("float32")],
     "sparse": [
         Sparse(0.5),
@@ -56,6 +70,7 @@ FORMAT_SAMPLES: dict[str, list[Any]] = {
         Sparse(kept=2, of=4, values=Int(4, group=16)),
         Sparse(kept=1, of=4, values=Int(3, group=24, rule="mse", **_BF16)),
         Sparse(kept=3, of=7, values=Float("bfloat16")),
+        Sparse(0.5, values=BCQ(3, group=16, rule="uniform")),
     ],
     "low-rank": [LowRank(0.9), LowRank(0.8, dtype="bfloat16"), LowRank(rank=2, dtype="float32")],
 }
@@ -69,11 +84,13 @@ _SPARSE_TARGETS = (
     Sparse(0.4, values=Int(4)),
     Sparse(kept=1, of=2, values=Int(3, group=16)),
 )
+_BINARY_TARGETS = (BCQ(3, group=16, rounds=4), BCQ(2, group=None, offset=False, rounds=4))
 _THIN_TARGETS = (LowRank(0.6, dtype="float32"), LowRank(rank=3, dtype="float32"))
 
 SOLVER_SAMPLES: dict[str, list[tuple[Any, Any]]] = {
     "nearest": [
-        (Nearest(), fmt) for fmt in (*_INT_TARGETS, _F32, *_SPARSE_TARGETS, *_THIN_TARGETS)
+        (Nearest(), fmt)
+        for fmt in (*_INT_TARGETS, _F32, *_SPARSE_TARGETS, *_THIN_TARGETS, *_BINARY_TARGETS)
     ],
     "awq-clip": [(AWQClip(), fmt) for fmt in _INT_TARGETS],
     "wanda-variant": [
@@ -91,7 +108,7 @@ SOLVER_SAMPLES: dict[str, list[tuple[Any, Any]]] = {
         (GPTQ(activation_order=order, static_groups=static, block=7), fmt)
         for order in (False, True)
         for static in (False, True)
-        for fmt in (*_INT_TARGETS, *_SPARSE_TARGETS)
+        for fmt in (*_INT_TARGETS, *_SPARSE_TARGETS, *_BINARY_TARGETS)
     ],
 }
 

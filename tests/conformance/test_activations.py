@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rarefy.formats.activation import ACTIVATIONS, Activation, IntActivation
+from rarefy.formats.llm_int8 import LLMInt8
 from rarefy.recipe import activation_from, describe
 
 # A new activation format adds a line here: (instance, bits of a code).
@@ -15,6 +16,7 @@ ACTIVATION_SAMPLES: dict[str, list[tuple[Activation, int]]] = {
         (IntActivation(4, per="tensor"), 4),
         *((IntActivation(bits, per="tensor", dynamic=False), bits) for bits in (2, 4, 8)),
     ],
+    "llm-int8": [(LLMInt8(), 8), (LLMInt8(threshold=40.0), 8)],
 }
 
 _ALL = [pair for pairs in ACTIVATION_SAMPLES.values() for pair in pairs]

@@ -354,7 +354,7 @@ class Skeleton:
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity, without temporary copies of its size."""
     flat = tensor.reshape(-1)
-    pieces = torch.split(flat, 1 << 20)
+    pieces = torch.split(flat, 1 << 18)
     return all(bool(piece.float().abs().max().isfinite()) for piece in pieces if len(piece))
 
 

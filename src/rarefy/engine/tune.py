@@ -113,7 +113,8 @@ def _prepare(run: StageRun, skeleton: Skeleton, chosen: Selection) -> _Work:
             f"{run.stage.name} trains with inputs as they are rounded, and a static scale is known "
             "only afterwards; give the schemes' inputs dynamic: true"
         )
-    size = min(wanted, max(1, _TOKENS // length)) * length
+    most = max(1, _TOKENS // length)
+    size = max(d for d in range(1, wanted + 1) if d <= most and wanted % d == 0) * length
     prefix = capture_all(skeleton, run.tokens.ids, size)
     if run.base is None:
         return _Work(

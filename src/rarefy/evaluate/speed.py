@@ -14,9 +14,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     import torch
     from transformers import PreTrainedModel
+
+    from rarefy.runtime.decoder import Decoder
 
 _RUNS = 3
 
@@ -42,6 +44,11 @@ class Speed:
         peak_bytes: highest resident memory, loading included (on CUDA: highest allocated).
         baseline_bytes: resident before loading: Python and its libraries (on CUDA: 0).
         kernel: the modules that multiply by weights, for example "210 x QuantLinear".
+        engine: "transformers", or "native" where the compiled decoder ran; see ``measure``.
+        obstacle: why the native engine was not used although it was asked for; else empty.
+        token_bytes: read to make one token: weights as they are held, and keys and values in the
+            middle of the answer.
+        phases: share of the decoding time by phase; empty unless native.
     """
 
     device: str
@@ -57,6 +64,15 @@ class Speed:
     peak_bytes: int
     baseline_bytes: int
     kernel: str
+    engine: str = "transformers"
+    obstacle: str = ""
+    token_bytes: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second that making tokens read."""
+        return self.token_bytes * self.decode_tok_s
 
 
 def measure(
@@ -65,6 +81,7 @@ def measure(
     new_tokens: int = 16,
     threads: int | None = None,
     runs: int = _RUNS,
+    engine: str = "transformers",
 ) -> Speed:
     """Measure one model in a process of its own. Interleave calls (A B A B) so that drift cancels.
 
@@ -74,6 +91,9 @@ def measure(
         new_tokens: tokens made, at least 2.
         threads: CPU threads; PyTorch's default when None.
         runs: timed, after one that is not.
+        engine: "transformers", whose own forward makes the tokens with weights in float32, or
+            "native", the compiled decoder with weights as they are stored; what that refuses
+            falls back to the former.
 
     Raises:
         RarefyError: the process failed; its last line of output is quoted.
@@ -81,6 +101,7 @@ def measure(
     command = [sys.executable, "-m", "rarefy.evaluate.speed", str(folder)]
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
     command += ["--threads", str(threads or 0), "--runs", str(runs)]
+    command += ["--engine", engine]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -105,41 +126,69 @@ def merge(rounds: Sequence[Speed]) -> Speed:
     )
 
 
-def _measure_here(
-    folder: Path, prompt_tokens: int, new_tokens: int, threads: int, count: int
-) -> Speed:
-    """Load, warm up and time the model in this process, ``count`` times."""
+def _measure_here(given: argparse.Namespace) -> Speed:
+    """Load, warm up and time the model in this process."""
     import torch
 
     from rarefy.checkpoint.load import load_model
+    from rarefy.runtime.decoder import Decoder, open_loop
 
-    if threads:
-        torch.set_num_threads(threads)
+    if given.threads:
+        torch.set_num_threads(given.threads)
     baseline, start = peak_memory(), time.perf_counter()
-    model = load_model(folder)
+    obstacle, loop = "", None
+    if given.engine == "native":
+        loop, obstacle = open_loop(given.folder, given.prompt_tokens + given.new_tokens)
+    model = load_model(given.folder) if loop is None else loop.model
     load_s, device = time.perf_counter() - start, model.device
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(device)
-    _generate(model, prompt, new_tokens)
-    runs = [_generate(model, prompt, new_tokens) for _ in range(count)]
+    prompt = torch.randint(vocabulary, (1, given.prompt_tokens), generator=generator).to(device)
+    native = isinstance(loop, Decoder)
+    generate = _decode if native else _generate
+    player: Any = loop if native else model
+    generate(player, prompt, given.new_tokens)
+    if native:
+        player.native.profile()  # counts from here
+    runs = [generate(player, prompt, given.new_tokens) for _ in range(given.runs)]
     cuda = device.type == "cuda"
     one = Speed(
         device=torch.cuda.get_device_name(device) if cuda else device.type,
         threads=torch.get_num_threads(),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
+        prompt_tokens=given.prompt_tokens,
+        new_tokens=given.new_tokens,
         load_s=load_s,
         ttft_s=0.0,
         prefill_tok_s=0.0,
         decode_tok_s=0.0,
         ttft_runs=tuple(first for first, _ in runs),
-        decode_runs=tuple((new_tokens - 1) / rest for _, rest in runs),
+        decode_runs=tuple((given.new_tokens - 1) / rest for _, rest in runs),
         peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else peak_memory(),
         baseline_bytes=0 if cuda else baseline,
         kernel=kernel_text(model),
+        engine="native" if native else "transformers",
+        obstacle=obstacle,
+        token_bytes=token_bytes(model, given.prompt_tokens + given.new_tokens // 2),
+        phases=player.native.profile() if native else {},
     )
     return merge([one])
+
+
+def token_bytes(model: PreTrainedModel, context: int) -> int:
+    """Bytes read to make one token of a dense-attention decoder at a context of some tokens."""
+    from itertools import chain
+
+    from rarefy.maps.model_map import dims_of
+
+    def of(module: torch.nn.Module) -> dict[int, int]:
+        tensors = chain(module.parameters(), module.buffers())
+        return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+
+    embedding, head = of(model.get_input_embeddings()), of(model.get_output_embeddings())
+    looked_up = sum(size for place, size in embedding.items() if place not in head)
+    held = sum(of(model).values()) - looked_up
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    return held + context * layers * 2 * dims_of(model.config).width("kv") * 4
 
 
 def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
@@ -160,6 +209,21 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> 
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
         return first - start, now() - first
+
+
+def _decode(decoder: Decoder, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """The same with the native decoder."""
+    from rarefy.runtime.sampling import Sampling
+
+    decoder.reset()
+    ids = prompt[0].tolist()
+    tokens = decoder.stream(ids, Sampling(new_tokens))
+    start = time.perf_counter()
+    next(tokens)
+    first = time.perf_counter()
+    for _ in tokens:
+        pass
+    return first - start, time.perf_counter() - first
 
 
 def kernel_text(model: torch.nn.Module) -> str:
@@ -191,10 +255,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--runs", type=int, default=_RUNS)
+    parser.add_argument("--engine", choices=("transformers", "native"), default="transformers")
     given = parser.parse_args()
-    one = _measure_here(
-        given.folder, given.prompt_tokens, given.new_tokens, given.threads, given.runs
-    )
+    one = _measure_here(given)
     print(json.dumps(asdict(one)))
 
 

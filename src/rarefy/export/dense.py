@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import rarefy
-from rarefy.checkpoint.reader import Checkpoint
-from rarefy.checkpoint.travel import travel
-from rarefy.checkpoint.writer import Writer, write_json
-from rarefy.engine.skeleton import Skeleton
 from rarefy.errors import RarefyError
 from rarefy.export.containers import quantization_config
+from rarefy.export.folder import open_folder, plain_config, write_folder
+from rarefy.export.order import Order
 from rarefy.registry import suggest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from rarefy.engine.skeleton import Skeleton
 
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -36,41 +35,20 @@ def export_dense(directory: Path, out: Path, dtype: str | None = None) -> None:
     Raises:
         RarefyError: not a compressed folder, an unknown dtype, or ``out`` holds something else.
     """
-    if not directory.is_dir():
-        raise RarefyError(f"there is no folder {directory}; give one that rarefy compress made")
     if dtype is not None and dtype not in _NAMES.values():
         raise RarefyError(f"there is no export dtype {dtype!r}{suggest(dtype, [*_NAMES.values()])}")
-    skeleton = Skeleton(Checkpoint(directory), torch.device("cpu"), factored=False)
+    skeleton = open_folder(directory)
     if not skeleton.earlier:
         raise RarefyError(
             f"{directory} holds no matrix that rarefy compressed; it is dense already"
         )
-    source = skeleton.checkpoint
-    writer = Writer(out, f"dense {rarefy.__version__} {dtype} {source.fingerprint()}")
-    parts = _parts(skeleton)
-    for part, names in parts.items():
-        if not writer.has(part):
-            writer.add(part, _tensors(skeleton, names, dtype), None)
-    config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "dtype")}
+    config = plain_config(skeleton)
     config.pop("torch_dtype", None)
     if skeleton.widths:
         config["quantization_config"] = quantization_config({}, (), skeleton.widths)
-    write_json(writer.folder / "config.json", config | {"dtype": dtype or _kept_type(skeleton)})
-    travel(source.path, writer.folder)
-    writer.finish(list(parts))
-
-
-def _parts(skeleton: Skeleton) -> dict[str, list[str]]:
-    """Parameters by block, and those outside, so that one block is in memory at a time."""
-    prefix = f"{skeleton.map.blocks}."
-    parts: dict[str, list[str]] = {}
-    for name in skeleton.parameter_names:
-        if skeleton.tied and name.startswith(f"{skeleton.map.head}."):
-            continue
-        inside = name.startswith(prefix)
-        part = f"{int(name[len(prefix) :].split('.')[0]):05d}" if inside else "outside"
-        parts.setdefault(part, []).append(name)
-    return parts
+    config["dtype"] = dtype or kept_type(skeleton)
+    order = Order(directory, out, dtype)
+    write_folder(skeleton, order, config, lambda names: _tensors(skeleton, names, dtype))
 
 
 def _tensors(skeleton: Skeleton, names: list[str], dtype: str | None) -> dict[str, torch.Tensor]:
@@ -80,12 +58,12 @@ def _tensors(skeleton: Skeleton, names: list[str], dtype: str | None) -> dict[st
         tensor = skeleton.read(name)
         decoded = name.removesuffix(".weight") in skeleton.earlier
         if tensor.is_floating_point() and (decoded or dtype is not None):
-            tensor = tensor.to(getattr(torch, dtype or _kept_type(skeleton)))
+            tensor = tensor.to(getattr(torch, dtype or kept_type(skeleton)))
         tensors[skeleton.map.stored_name(name)] = tensor
     return tensors
 
 
-def _kept_type(skeleton: Skeleton) -> str:
+def kept_type(skeleton: Skeleton) -> str:
     """The floating type that most of the weights that were left alone have."""
     kinds: Counter[str] = Counter()
     for name, entry in skeleton.checkpoint.entries.items():

@@ -104,6 +104,10 @@ class Grid(ABC):
         """The grid with both ends of each group's range multiplied, [m, G]."""
         raise NotImplementedError(f"{type(self).__name__} has no ranges")
 
+    def limits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the largest ``units`` of every group, [m, G] each."""
+        raise NotImplementedError(f"{type(self).__name__} has no ranges")
+
 
 class Format(ABC):
     """A set of matrices; subclasses are frozen dataclasses whose fields are the options.
@@ -117,10 +121,12 @@ class Format(ABC):
         pattern: neighbouring columns that always hold the same number of non-zeros (M of N:M);
             None when there is no pattern.
         density: share of the weights that may differ from zero.
+        holds_zero: zero is a member of every fitted set, so that zeros stay zeros.
         scaled: grids have ``scales``, ``units`` and ``rescaled``.
-        learnable: grids have ranges: ``soft`` and ``adjusted``.
+        learnable: grids have ranges: ``soft``, ``adjusted`` and ``limits``.
     """
 
+    holds_zero: bool = True
     scaled: bool = False
     learnable: bool = False
     rows_independent: bool = True

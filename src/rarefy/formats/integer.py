@@ -144,6 +144,10 @@ class IntGrid(ElementGrid):
         zero = (-lo / scale).round_().clamp_(0, self.form.levels)
         return replace(self, scale=scale, zero=zero)
 
+    def limits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes from 0 to the largest, less the zero points; see :meth:`Grid.limits`."""
+        return -self.zero, self.form.levels - self.zero
+
     def soft(
         self,
         weight: torch.Tensor,

@@ -66,6 +66,8 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     *front, words = packed.shape
     eights = -(-columns // 8)
     octets = packed.reshape(-1).view(torch.uint8).reshape(*front, 4 * words)
+    if bits == 8:
+        return octets[..., :columns].clone()
     missing = eights * bits - octets.shape[-1]
     octets = torch.nn.functional.pad(octets, (0, max(0, missing)))[..., : eights * bits]
     octets = octets.reshape(*front, eights, bits)

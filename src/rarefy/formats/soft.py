@@ -9,7 +9,7 @@ of each group's range. Every ``round`` has derivative one, ``clip`` its own (0 o
 
 where i says that the code was not clipped. This is the estimator of SignRound (Cheng et al., 2023)
 and of OmniQuant's learnable clipping (Shao et al., 2023); written out, it takes a few passes where
-automatic differentiation keeps a dozen copies of the matrix.
+automatic differentiation keeps a dozen copies of the matrix, and compiled a single one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
+
+from rarefy.kernels.soft import soft_rounding
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ class _SoftRound(torch.autograd.Function):
         offset: torch.Tensor | None,
         ranges: Ranges,
     ) -> torch.Tensor:
+        ctx.ranges, ctx.columns, ctx.offset = ranges, weight.shape[1], offset is not None
+        ctx.kernel = soft_rounding(weight, offset, ranges)
+        if ctx.kernel is not None:
+            ctx.save_for_backward(weight, offset, low)
+            return ctx.kernel.values(weight, offset)  # type: ignore[no-any-return]
         scale, zero = ranges.scale.unsqueeze(-1), ranges.zero.unsqueeze(-1)
         w = _grouped(weight, ranges)
         codes = w / scale
@@ -89,28 +96,39 @@ class _SoftRound(torch.autograd.Function):
         units = codes.clamp(0, ranges.levels)
         inside = codes == units
         units.sub_(zero)
-        ctx.ranges, ctx.columns, ctx.offset = ranges, weight.shape[1], offset is not None
         ctx.save_for_backward(w, units, inside, low)
         values = (units * scale).to(ranges.stored).to(weight.dtype)
         return values.flatten(1)[:, : weight.shape[1]]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        w, units, inside, low = ctx.saved_tensors
         ranges: Ranges = ctx.ranges
+        if ctx.kernel is not None:
+            weight, offset, low = ctx.saved_tensors
+            by_offset, sums = ctx.kernel.back(weight, offset, gradient.contiguous())
+            by_units, by_position, through, total = sums.unbind(-1)
+        else:
+            w, units, inside, low = ctx.saved_tensors
+            g = _grouped(gradient, ranges)
+            kept = g * inside
+            by_units, by_position = (g * units).sum(-1), (kept * w).sum(-1)
+            through, total = kept.sum(-1), g.sum(-1)
+            by_offset = (kept * ranges.scale.unsqueeze(-1)).flatten(1)[:, : ctx.columns]
         scale = ranges.scale
-        g = _grouped(gradient, ranges)
-        through = g * inside
-        by_scale = (g * units).sum(-1) - (through * w).sum(-1) / scale
-        by_weight = through.flatten(1)[:, : ctx.columns] if ctx.needs_input_grad[0] else None
+        by_scale = by_units - by_position / scale
         if ranges.symmetric:
             by_low, by_high = None, by_scale * ranges.hi * 2 / ranges.levels
         else:
-            by_zero = (through.sum(-1) - g.sum(-1)) * scale
+            by_zero = (through - total) * scale
             by_scale = by_scale + by_zero * (ranges.lo * low) / scale.square()
             by_high = by_scale / ranges.levels * ranges.hi
             by_low = (-by_scale / ranges.levels - by_zero / scale) * ranges.lo
-        by_offset = None
-        if ctx.offset:
-            by_offset = (through * scale.unsqueeze(-1)).flatten(1)[:, : ctx.columns]
-        return by_weight, by_low, by_high, by_offset, None
+        by_weight = None
+        if ctx.needs_input_grad[0]:
+            by_weight = by_offset / scale.repeat_interleave(_span(ctx), 1)[:, : ctx.columns]
+        return by_weight, by_low, by_high, by_offset if ctx.offset else None, None
+
+
+def _span(ctx: Any) -> int:
+    """Columns a group."""
+    return int(ctx.ranges.group or ctx.columns)

@@ -61,7 +61,8 @@ if TYPE_CHECKING:
 
 _PAUSE = 2.0  # seconds between two lines of progress of one step
 _PROMPT, _NEW = 16, 32  # tokens of the workload whose energy is measured
-_QUICK = {"new_tokens": 8, "runs": 1}  # of the speed measurement, where one round is enough
+# Of the speed measurement, where one round is enough.
+_QUICK: dict[str, Any] = {"new_tokens": 8, "runs": 1}
 
 
 def run(folder: Path, *, keep: bool = False, progress: Progress = lambda *_: None) -> None:
@@ -174,7 +175,7 @@ def _score(model: Path, folder: Path, spec: Spec, progress: Progress) -> list[Re
 
 def _cost(model: Path, source: Path, spec: Spec, progress: Progress) -> dict[str, Any]:
     progress("cost", 0, 1)
-    how = _QUICK if spec.speed == 1 else {}
+    how: dict[str, Any] = _QUICK if spec.speed == 1 else {}
     speeds = [measure(model, threads=spec.threads, **how) for _ in range(spec.speed)]
     made = read_manifest(model) if spec.source is not None else {}
     loaded = load_model(model)

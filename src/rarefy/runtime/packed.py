@@ -1,7 +1,8 @@
 """Modules that execute packed matrices, decoding what they need when they need it.
 
-No dense copy outlives a call, unless :func:`hold_dense` asks for it. Decoding is the torch
-reference; compiled kernels may replace it behind the same modules.
+No dense copy outlives a call, unless :func:`hold_dense` asks for it. Where there is a compiled
+kernel for the format it multiplies by the stored codes; else, on other devices and where gradients
+are wanted, rows are decoded by the torch reference.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+
+from rarefy.kernels.bind import described, kernel_for, runs_on
 
 if TYPE_CHECKING:
     from rarefy.formats.activation import Activation
@@ -37,8 +40,14 @@ class PackedMatrix(nn.Module):
         self.shape = shape
         self.suffixes = tuple(fmt.layout(*shape))
         self.held: torch.Tensor | None = None
+        self._multiply = kernel_for(fmt)
         for suffix, (extent, dtype) in fmt.layout(*shape).items():
             self.register_buffer(suffix, torch.empty(extent, dtype=DTYPES[dtype], device=device))
+
+    @property
+    def kernel(self) -> str:
+        """What multiplies, for tables."""
+        return "held dense" if self.held is not None else described(self._multiply)
 
     def tensors(self) -> Packed:
         """The stored tensors by suffix."""
@@ -52,6 +61,8 @@ class PackedMatrix(nn.Module):
         """``x W^T`` for x [..., n], giving [..., m]."""
         if self.held is not None:
             return F.linear(x, self.held.to(x.dtype))
+        if self._multiply is not None and runs_on(x, self._multiply):
+            return self._multiply.product(x, self.tensors(), None)
         m, n = self.shape
         strip = max(32, _STRIP // n // 32 * 32)
         if strip >= m:
@@ -88,6 +99,7 @@ class PackedLinear(PackedMatrix):
         super().__init__(fmt, shape)
         self.bias = bias
         self.rounding = rounding
+        self._round_and_multiply = None if rounding is None else kernel_for(fmt, rounding)
         scale = torch.empty(1, device="meta") if rounding is not None and rounding.static else None
         self.register_buffer("input_scale", scale)
 
@@ -96,11 +108,21 @@ class PackedLinear(PackedMatrix):
         """Shape without values, for initialisers that reach into their children (GPT-2's)."""
         return torch.empty(self.shape, device="meta")
 
+    @property
+    def kernel(self) -> str:
+        """What multiplies, for tables."""
+        rounded = self._round_and_multiply
+        return super().kernel if rounded is None or self.held is not None else described(rounded)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n] -> [..., m]."""
-        if self.rounding is not None:
-            x = self.rounding.round(x, self.input_scale)
-        y = self.product(x)
+        kernel = None if self.held is not None else self._round_and_multiply
+        if self.rounding is None:
+            y = self.product(x)
+        elif kernel is not None and runs_on(x, kernel):
+            y = kernel.product(x, self.tensors(), self.input_scale)
+        else:
+            y = self.product(self.rounding.round(x, self.input_scale))
         return y if self.bias is None else y + self.bias
 
 
@@ -128,8 +150,11 @@ class PackedEmbedding(PackedMatrix):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [...] -> [..., width]."""
-        unique, where = torch.unique(ids, return_inverse=True)
-        rows = self.dense(unique)[where]
+        if self._multiply is not None and ids.device.type == "cpu":
+            rows = self._multiply.rows(ids, self.tensors(), self.shape[1])
+        else:
+            unique, where = torch.unique(ids, return_inverse=True)
+            rows = self.dense(unique)[where]
         return rows if self.factor is None else rows * self.factor
 
 
@@ -143,6 +168,11 @@ class TiedHead(nn.Module):
     def __init__(self, embedding: PackedEmbedding) -> None:
         super().__init__()
         self.embedding = (embedding,)  # in a tuple: not a submodule, so nothing is stored twice
+
+    @property
+    def kernel(self) -> str:
+        """What multiplies, for tables."""
+        return self.embedding[0].kernel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., width] -> [..., vocabulary]."""

@@ -85,8 +85,8 @@ class RarefyQuantizer(HfQuantizer):  # type: ignore[misc]
             fmt = format_from(group["scheme"])
             rounding = activation_from(group["input"]) if "input" in group else None
             # A factor's name is known only once its parent has been opened.
-            _replace(model, names.get(where, where), fmt, rounding)
-        _mend_ties(model)
+            put_packed(model, names.get(where, where), fmt, rounding)
+        mend_ties(model)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Experts are stored split when any is packed: nothing is to be merged then."""
@@ -109,7 +109,7 @@ class RarefyQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _replace(model: Any, name: str, fmt: Format, rounding: Activation | None) -> None:
+def put_packed(model: Any, name: str, fmt: Format, rounding: Activation | None) -> None:
     """Put a module that executes the stored matrix in the place of a dense one."""
     module = model.get_submodule(name)
     rows, columns = module.weight.shape
@@ -139,7 +139,7 @@ def _module_names(model: Any, stored: set[str]) -> dict[str, str]:
     return {full.stored_name(name, split=True): name for name, _ in model.named_modules()}
 
 
-def _mend_ties(model: Any) -> None:
+def mend_ties(model: Any) -> None:
     """Let a tied head read a packed embedding, and forget ties of matrices that are gone."""
     embedding = model.get_input_embeddings()
     keys = dict(getattr(model, "all_tied_weights_keys", None) or {})

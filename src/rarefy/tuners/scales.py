@@ -62,7 +62,7 @@ class _Scales(Recomputed):
         super().__init__()
         self.grid, self.relative = grid, relative
         # Eight bits and a sign at most; kept small, because this is most of the memory.
-        self.register_buffer("units", _units(matrix, grid).to(torch.int16))
+        self.register_buffer("units", units_of(matrix, grid).to(torch.int16))
         self.register_buffer("start", grid.scales.detach())
         self.moving = nn.Parameter(torch.zeros_like(self.start) if relative else self.start.clone())
 
@@ -77,9 +77,13 @@ class _Scales(Recomputed):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Scales stay positive, and large enough to be stored."""
-        least = self.start.clamp(max=_LEAST)
-        self.moving.clamp_(min=least / self.start - 1 if self.relative else least)
+        """Scales keep their sign, and stay large enough to be stored."""
+        sign, size = self.start.sign(), self.start.abs()
+        least = size.clamp(max=_LEAST)
+        if self.relative:
+            self.moving.clamp_(min=(least - size) / size.clamp(min=1e-30))
+        else:
+            self.moving.copy_((self.moving * sign).clamp_(min=least) * sign)
 
     @torch.no_grad()
     def finish(self) -> Outcome:
@@ -87,7 +91,7 @@ class _Scales(Recomputed):
         return Outcome(self._times(grid.scales), grid)
 
 
-def _units(matrix: MatrixView, grid: Grid) -> torch.Tensor:
+def units_of(matrix: MatrixView, grid: Grid) -> torch.Tensor:
     """What the codes stand for, [out, in]: what is decoded if all scales are one.
 
     Eight-bit codes cannot always be told from decoded values, which may be stored in eight bits.

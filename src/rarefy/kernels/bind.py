@@ -1,0 +1,167 @@
+"""Which operator multiplies by the stored matrices of a format.
+
+One function, :func:`kernel_for`, with an entry for each class of formats that has kernels; the
+modules of ``runtime/packed.py`` ask it and know no format.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from rarefy.formats.activation import IntActivation
+from rarefy.formats.bcq import BCQ
+from rarefy.formats.integer import Int
+from rarefy.formats.llm_int8 import LLMInt8
+from rarefy.formats.sparse import Sparse
+from rarefy.kernels import library, ops_cuda, ops_int
+from rarefy.kernels.mixed import MixedKernel
+from rarefy.kernels.ops_lut import BCQKernel
+from rarefy.kernels.ops_sparse import SparseKernel, supports
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rarefy.formats.activation import Activation
+    from rarefy.formats.base import Format
+
+
+class Kernel(Protocol):
+    """Multiplies by one format's stored tensors.
+
+    Attributes:
+        name: what is multiplied by what, ``int4 x fp32``.
+    """
+
+    name: str
+
+    def product(
+        self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``x W^T`` for float32 x [..., n], giving [..., m].
+
+        Args:
+            x: activations, not rounded yet.
+            packed: tensors by suffix.
+            scale: the static scale of activations [1], if they have one.
+        """
+
+    def rows(
+        self, ids: torch.Tensor, packed: Mapping[str, torch.Tensor], columns: int
+    ) -> torch.Tensor:
+        """Rows of W [m, columns] by number, float32 [..., columns] for ids [...]."""
+
+
+@singledispatch
+def kernel_for(fmt: Format, rounding: Activation | None = None) -> Kernel | None:
+    """The kernel of a format, or None where decoding has to do.
+
+    Args:
+        fmt: the format of the matrix.
+        rounding: how activations are rounded, by the kernel itself.
+    """
+    return None
+
+
+def runs_on(x: torch.Tensor, kernel: Kernel) -> bool:
+    """Whether a kernel takes this input, and nobody asks for a gradient.
+
+    On the CPU that is float32; on GPUs there are only products of integers with floating numbers.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return False
+    if x.is_cuda:
+        return type(kernel) is IntKernel and ops_cuda.available()
+    # Compilation cannot follow how the library is looked for; the operators do without it, too.
+    there = torch.compiler.is_compiling() or library.available()
+    return x.device.type == "cpu" and x.dtype is torch.float32 and there
+
+
+def described(kernel: Kernel | None) -> str:
+    """For tables: ``int4 x fp32, avx2``, or ``reference``."""
+    return "reference" if kernel is None else f"{kernel.name}, {library.instructions()}"
+
+
+class IntKernel:
+    """Grouped integers times float32.
+
+    Args:
+        fmt: the format.
+    """
+
+    def __init__(self, fmt: Int) -> None:
+        self.bits = fmt.bits
+        self.group = fmt.group or 0
+        self.name = f"int{fmt.bits} x fp32"
+
+    def product(
+        self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See :meth:`Kernel.product`."""
+        stored = _tensors(packed)
+        found: torch.Tensor = ops_int.int_linear(x, *stored, self.bits, self.group)
+        return found
+
+    def rows(
+        self, ids: torch.Tensor, packed: Mapping[str, torch.Tensor], columns: int
+    ) -> torch.Tensor:
+        """See :meth:`Kernel.rows`."""
+        stored = _tensors(packed)
+        found: torch.Tensor = ops_int.int_rows(ids, *stored, self.bits, self.group, columns)
+        return found
+
+
+class Int8Kernel(IntKernel):
+    """Grouped integers times activations rounded to int8: sums of integers.
+
+    Args:
+        fmt: the format of the weights.
+        rounding: of the activations, 8 bits.
+    """
+
+    def __init__(self, fmt: Int, rounding: IntActivation) -> None:
+        super().__init__(fmt)
+        self.rounding = rounding
+        self.name = f"int{fmt.bits} x int8"
+
+    def product(
+        self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See :meth:`Kernel.product`."""
+        if self.rounding.per == "tensor" and scale is None:
+            scale = self.rounding.scale(x.abs().reshape(-1))
+        stored = _tensors(packed)
+        found: torch.Tensor = ops_int.int8_linear(x, *stored, scale, self.bits, self.group)
+        return found
+
+
+@kernel_for.register(Int)
+def _(fmt: Int, rounding: Activation | None = None) -> Kernel | None:
+    if rounding is None:
+        return IntKernel(fmt) if library.available() or ops_cuda.available() else None
+    if not library.available():
+        return None
+    if isinstance(rounding, LLMInt8):
+        return MixedKernel(fmt, rounding)
+    if isinstance(rounding, IntActivation) and rounding.bits == 8:
+        return Int8Kernel(fmt, rounding)
+    return None
+
+
+@kernel_for.register(BCQ)
+def _(fmt: BCQ, rounding: Activation | None = None) -> Kernel | None:
+    return BCQKernel(fmt) if rounding is None and library.available() else None
+
+
+@kernel_for.register(Sparse)
+def _(fmt: Sparse, rounding: Activation | None = None) -> Kernel | None:
+    found = rounding is None and supports(fmt) and library.available()
+    return SparseKernel(fmt) if found else None
+
+
+def _tensors(
+    packed: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    return packed["weight_packed"], packed["weight_scale"], packed.get("weight_zero_point")

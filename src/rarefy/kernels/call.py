@@ -1,0 +1,62 @@
+"""Calls of the compiled products: a described matrix and float vectors in, float vectors out."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from rarefy.kernels import library
+from rarefy.kernels.ops_int import check
+
+if TYPE_CHECKING:
+    from rarefy.kernels.library import Matrix
+
+SCALES = {
+    torch.float32: library.SCALE_F32,
+    torch.float16: library.SCALE_F16,
+    torch.bfloat16: library.SCALE_BF16,
+}
+
+_STRIP = 1 << 18  # weights that are decoded at a time, which fit into a core's own cache as float32
+
+
+def multiply(matrix: Matrix, x: torch.Tensor, few: int = 8) -> torch.Tensor:
+    """``x W^T`` for x [..., n], giving [..., m] in x's type.
+
+    Args:
+        matrix: describes W [m, n]; whoever made it keeps what it points to.
+        x: on the CPU.
+        few: up to so many vectors are multiplied with the stored codes; for more, strips of the
+            matrix are decoded and multiplied by BLAS.
+    """
+    vectors = x.detach().reshape(-1, matrix.columns).float().contiguous()
+    if len(vectors) > few:
+        y = _by_strips(matrix, vectors)
+    else:
+        y = torch.empty(len(vectors), matrix.rows)
+        arguments = (vectors.data_ptr(), y.data_ptr(), len(vectors), torch.get_num_threads())
+        check(library.library().rarefy_matvec(ctypes.byref(matrix), *arguments))
+    return y.reshape(*x.shape[:-1], matrix.rows).to(x.dtype)
+
+
+def decode(matrix: Matrix, row0: int, row1: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows ``row0 .. row1`` of a described matrix, float32 [row1 - row0, n], into ``out``."""
+    found = torch.empty(row1 - row0, matrix.columns) if out is None else out[: row1 - row0]
+    threads = torch.get_num_threads()
+    check(
+        library.library().rarefy_decode(ctypes.byref(matrix), row0, row1, found.data_ptr(), threads)
+    )
+    return found
+
+
+def _by_strips(matrix: Matrix, vectors: torch.Tensor) -> torch.Tensor:
+    rows, size = matrix.rows, max(16, _STRIP // matrix.columns)
+    room = torch.empty(min(size, rows), matrix.columns)
+    y = torch.empty(len(vectors), rows)
+    for a in range(0, rows, size):
+        b = min(a + size, rows)
+        y[:, a:b] = F.linear(vectors, decode(matrix, a, b, room))
+    return y

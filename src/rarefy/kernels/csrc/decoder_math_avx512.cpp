@@ -1,0 +1,3 @@
+#include "decoder_math.inl"
+
+const rarefy::DecoderMath* rarefy::decoder_math_avx512() { return &kMath; }

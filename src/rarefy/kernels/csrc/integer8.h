@@ -1,0 +1,46 @@
+// Products of grouped integers with activations rounded to int8: integer sums, then one float
+// product a group. W8A8 is the case of one group a row.
+//
+//   y[t, i] = s_x[t] sum_g s[i, g] (sum_{j in g} q[i, j] c[t, j]  -  z[i, g] sum_{j in g} c[t, j])
+#pragma once
+
+#include <cstdint>
+
+#include "matrix.h"
+
+namespace rarefy {
+
+struct Int8Product {
+  const rarefy_matrix* matrix;
+  const int8_t* x;      // [vectors, stride], as `arrange` laid it out
+  const int32_t* sums;  // [vectors, stride]: the sums of c that belong to each integer lane
+  const int32_t* totals;  // [vectors]: the sum of all c
+  const float* scale;     // [vectors]
+  int64_t stride;
+  int64_t vectors;  // 1, 2, 4 or 8
+  float* y;         // [wanted, m]
+  int64_t wanted;
+};
+
+struct Int8Kernels {
+  // One vector of int8 codes c [n] in the order in which the loop meets the weights.
+  void (*arrange)(const rarefy_matrix& m, const int8_t* c, int8_t* out, int32_t* sums,
+                  int64_t stride);
+  void (*product)(const Int8Product& p, int64_t row0, int64_t row1, float* scratch);
+};
+
+// Bytes of an arranged vector, and integers of its sums; at least what every level needs.
+inline int64_t int8_stride(const rarefy_matrix& m) { return 2 * ((m.columns + 127) / 128 * 128); }
+
+int64_t int8_scratch(const rarefy_matrix& m);
+
+extern const Int8Kernels int8_portable;
+#if defined(RAREFY_X86)
+extern const Int8Kernels int8_avx2;
+extern const Int8Kernels int8_avx512;
+#endif
+
+int matvec_int8(const rarefy_matrix& m, const float* x, const float* input_scale, float* y,
+                int64_t vectors, Pool& pool, int threads);
+
+}  // namespace rarefy

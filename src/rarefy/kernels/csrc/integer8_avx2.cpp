@@ -1,0 +1,108 @@
+// Products of bytes into 16 bits are exact for 4-bit codes; 8-bit codes would saturate there and
+// are widened first.
+
+#include <immintrin.h>
+
+#include "rows8.h"
+
+namespace rarefy {
+namespace {
+
+struct Narrow {
+  using I = __m256i;
+  using F = __m256;
+  static constexpr int lanes = 8, bytes = 32;
+  static constexpr int rows(int together) { return together == 8 ? 1 : 2; }
+  static I none() { return _mm256_setzero_si256(); }
+  static F zero() { return _mm256_setzero_ps(); }
+  static I whole(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+  static I sums(const int32_t* at) { return whole(at); }
+  static F floats(I v) { return _mm256_cvtepi32_ps(v); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static I pairs(I a, I b, I sum) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+
+  static int32_t total(I v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+  }
+  static float total(F v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+};
+
+struct Bytes : Narrow {
+  struct Q {
+    __m256i first, second;
+  };
+  static constexpr int unit = 32, scales = 1, octets = 64;
+  struct Pattern {};
+  static Pattern pattern(int64_t) { return {}; }
+  static F spread(const float* at, Pattern) { return _mm256_broadcast_ss(at); }
+  static I spread(const int32_t* at, Pattern) { return _mm256_set1_epi32(*at); }
+  static I half(const uint8_t* at) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  }
+  static Q codes(const uint8_t* at) { return {half(at), half(at + 16)}; }
+  static I dot(const Q& q, const int8_t* c, I sum) {
+    return pairs(q.second, whole(c + 32), pairs(q.first, whole(c), sum));
+  }
+};
+
+struct Nibbles : Narrow {
+  struct Q {
+    __m256i low, high;
+  };
+  static constexpr int unit = 64, scales = 2, octets = 64;
+  using Pattern = int64_t;  // from the scale of the lower lane to that of the upper
+  static Pattern pattern(int64_t many) { return many == 1 ? 1 : 0; }
+  static F spread(const float* at, Pattern next) {
+    return _mm256_insertf128_ps(_mm256_broadcast_ss(at), _mm_broadcast_ss(at + next), 1);
+  }
+  static I spread(const int32_t* at, Pattern next) {
+    return _mm256_inserti128_si256(_mm256_set1_epi32(at[0]), _mm_set1_epi32(at[next]), 1);
+  }
+  static Q codes(const uint8_t* at) {
+    const __m256i both = whole(at), mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(both, mask), _mm256_and_si256(_mm256_srli_epi16(both, 4), mask)};
+  }
+  static I dot(const Q& q, const int8_t* c, I sum) {
+    const __m256i four = _mm256_add_epi16(_mm256_maddubs_epi16(q.low, whole(c)),
+                                          _mm256_maddubs_epi16(q.high, whole(c + 32)));
+    return pairs(four, _mm256_set1_epi16(1), sum);
+  }
+};
+
+// Activations as 16-bit integers; each sum is of the codes that meet in one lane.
+void arrange_wide(const int8_t* c, int64_t columns, int16_t* out, int32_t* sums) {
+  const int64_t whole = round_up(columns, 32);
+  for (int64_t j = 0; j < whole; ++j) out[j] = j < columns ? c[j] : 0;
+  for (int64_t j = 0; j < whole; j += 32) {
+    for (int64_t k = j; k < j + 16; k += 2) {
+      *sums++ = out[k] + out[k + 1] + out[k + 16] + out[k + 17];
+    }
+  }
+}
+
+bool nibbles(const rarefy_matrix& m) { return m.bits == 4 && fits8<Nibbles>(m); }
+bool bytes(const rarefy_matrix& m) { return m.bits == 8 && fits8<Bytes>(m); }
+
+void arrange(const rarefy_matrix& m, const int8_t* c, int8_t* out, int32_t* sums, int64_t stride) {
+  if (nibbles(m)) return arrange_nibbles(c, m.columns, 32, out, sums);
+  if (bytes(m)) return arrange_wide(c, m.columns, reinterpret_cast<int16_t*>(out), sums);
+  int8_portable.arrange(m, c, out, sums, stride);
+}
+
+void product(const Int8Product& p, int64_t row0, int64_t row1, float* scratch) {
+  if (nibbles(*p.matrix)) return product8_of<Nibbles>(p, row0, row1, scratch);
+  if (bytes(*p.matrix)) return product8_of<Bytes>(p, row0, row1, scratch);
+  int8_portable.product(p, row0, row1, scratch);
+}
+
+}  // namespace
+
+extern const Int8Kernels int8_avx2 = {arrange, product};
+
+}  // namespace rarefy

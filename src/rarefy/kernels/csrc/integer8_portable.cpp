@@ -1,0 +1,52 @@
+// Any width of codes, any group: codes of a row as bytes, then plain integer sums.
+
+#include "integer8.h"
+#include "stream.h"
+
+namespace rarefy {
+namespace {
+
+void arrange(const rarefy_matrix& m, const int8_t* c, int8_t* out, int32_t*, int64_t stride) {
+  std::memcpy(out, c, m.columns);
+  std::memset(out + m.columns, 0, stride - m.columns);
+}
+
+int32_t dot(const int16_t* q, const int8_t* c, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t j = 0; j < count; ++j) sum += q[j] * c[j];
+  return sum;
+}
+
+void product(const Int8Product& p, int64_t row0, int64_t row1, float* scratch) {
+  const rarefy_matrix& m = *p.matrix;
+  const int64_t groups = groups_of(m), group = groups > 1 ? m.group : m.columns;
+  float* scale = scratch;
+  int32_t* zero = reinterpret_cast<int32_t*>(scratch + groups);
+  int16_t* less_zero = reinterpret_cast<int16_t*>(scratch + 2 * groups);
+  for (int64_t row = row0; row < row1; ++row) {
+    row_scales(m, row, scale);
+    row_zeros(m, row, zero);
+    Stream stream(row_codes(m, row), m.bits);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t end = at_most(m.columns, (g + 1) * group);
+      for (int64_t j = g * group; j < end; ++j) {
+        less_zero[j] = static_cast<int16_t>(static_cast<int32_t>(stream.next()) - zero[g]);
+      }
+    }
+    for (int64_t t = 0; t < p.wanted; ++t) {
+      const int8_t* c = p.x + t * p.stride;
+      float sum = 0.0f;
+      for (int64_t first = 0, g = 0; g < groups; ++g, first += group) {
+        const int64_t count = at_most(group, m.columns - first);
+        sum += scale[g] * static_cast<float>(dot(less_zero + first, c + first, count));
+      }
+      p.y[t * m.rows + row] = sum * p.scale[t];
+    }
+  }
+}
+
+}  // namespace
+
+extern const Int8Kernels int8_portable = {arrange, product};
+
+}  // namespace rarefy

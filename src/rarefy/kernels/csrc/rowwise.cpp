@@ -1,0 +1,95 @@
+#include "rowwise.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "convert.h"
+#include "dense.h"
+#include "dispatch.h"
+#include "integer.h"
+#include "lut.h"
+#include "pool.h"
+#include "sparse.h"
+
+namespace rarefy {
+namespace {
+
+#if defined(RAREFY_X86)
+const IntKernels& integers() { return pick(&int_portable, &int_avx2, &int_avx512); }
+const DenseKernels& dense() { return pick(&dense_portable, &dense_avx2, &dense_avx512); }
+#else
+const IntKernels& integers() { return int_portable; }
+const DenseKernels& dense() { return dense_portable; }
+#endif
+
+float* room(Scratch& scratch, int64_t floats) {
+  return static_cast<float*>(scratch.take(floats * static_cast<int64_t>(sizeof(float))));
+}
+
+}  // namespace
+
+const float* RowWorker::arrange(const rarefy_matrix& matrix, const float* x) {
+  const int64_t stride = round_up(matrix.columns, 64);
+  float* out = room(arranged_, stride);
+  if (from_ != x || bits_ != matrix.bits || columns_ != matrix.columns || group_ != matrix.group) {
+    integers().arrange(matrix, x, out, stride);
+    from_ = x;
+    bits_ = matrix.bits;
+    columns_ = matrix.columns;
+    group_ = matrix.group;
+  }
+  return out;
+}
+
+int RowWorker::product(const rarefy_matrix& matrix, const float* x, float* y, int64_t row0,
+                       int64_t row1) {
+  switch (matrix.kind) {
+    case RAREFY_F32:
+    case RAREFY_F16:
+    case RAREFY_BF16:
+      dense().product(matrix, x, y - row0, 1, row0, row1);
+      return RAREFY_DONE;
+    case RAREFY_INT: {
+      const int64_t stride = round_up(matrix.columns, 64);
+      const IntProduct job{&matrix, arrange(matrix, x), stride, 1, y - row0, 1};
+      integers().product(job, row0, row1, room(scratch_, int_scratch(matrix)));
+      return RAREFY_DONE;
+    }
+    case RAREFY_BCQ:
+      return lut_matvec_rows(matrix, x, y, row0, row1);
+    case RAREFY_BITMASK:
+    case RAREFY_TWO_FOUR:
+      return sparse_matvec_rows(matrix, x, y, row0, row1);
+    default:
+      return RAREFY_UNSUPPORTED;
+  }
+}
+
+int RowWorker::decode(const rarefy_matrix& matrix, int64_t row0, int64_t row1, float* out) {
+  switch (matrix.kind) {
+    case RAREFY_F32:
+    case RAREFY_F16:
+    case RAREFY_BF16:
+      dense().decode(matrix, row0, row1, out);
+      return RAREFY_DONE;
+    case RAREFY_INT:
+      integers().decode(matrix, row0, row1, out, room(scratch_, int_scratch(matrix)));
+      return RAREFY_DONE;
+    case RAREFY_BCQ:
+      return lut_decode(matrix, row0, row1, out, Pool::shared(), 1);
+    case RAREFY_BITMASK:
+    case RAREFY_TWO_FOUR:
+      return sparse_decode(matrix, row0, row1, out, Pool::shared(), 1);
+    default:
+      return RAREFY_UNSUPPORTED;
+  }
+}
+
+bool has_rows(const rarefy_matrix& matrix) {
+  const std::vector<float> x(static_cast<std::size_t>(matrix.columns));
+  float y = 0.0f;
+  const int64_t row1 = std::min<int64_t>(1, matrix.rows);
+  return RowWorker().product(matrix, x.data(), &y, 0, row1) == RAREFY_DONE;
+}
+
+}  // namespace rarefy

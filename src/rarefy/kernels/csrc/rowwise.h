@@ -1,0 +1,35 @@
+// One vector through some rows of a matrix, on the calling thread: for loops that hold their own
+// threads. What is prepared from the vector is kept as long as vector and matrix allow.
+#pragma once
+
+#include <cstdint>
+
+#include "matrix.h"
+#include "scratch.h"
+
+namespace rarefy {
+
+class RowWorker {
+ public:
+  // What was prepared is out of date: the vectors have changed.
+  void renew() { from_ = nullptr; }
+
+  // y[0 .. row1 - row0] = rows row0 .. row1 of W x. Returns a rarefy_status.
+  int product(const rarefy_matrix& matrix, const float* x, float* y, int64_t row0, int64_t row1);
+
+  // out[row1 - row0, n] = those rows as float32. Returns a rarefy_status.
+  int decode(const rarefy_matrix& matrix, int64_t row0, int64_t row1, float* out);
+
+ private:
+  const float* arrange(const rarefy_matrix& matrix, const float* x);
+
+  Scratch arranged_, scratch_;
+  const float* from_ = nullptr;  // what arranged_ was made of, and for which codes
+  int64_t columns_ = 0, group_ = 0;
+  int32_t bits_ = 0;
+};
+
+// Whether there is a product for such a matrix.
+bool has_rows(const rarefy_matrix& matrix);
+
+}  // namespace rarefy

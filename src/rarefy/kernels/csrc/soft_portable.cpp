@@ -1,0 +1,3 @@
+#include "soft.inl"
+
+const rarefy::SoftRounding* rarefy::soft_rounding_portable() { return &kRounding; }

@@ -1,0 +1,213 @@
+"""Operators on grouped integers, ``rarefy::int_linear``, ``int8_linear`` and ``int_rows``.
+
+Stored tensors are those of :class:`rarefy.formats.integer.Int`; group 0 is one group a row. Tensors
+on the CPU go to the compiled library where it is loaded, others to the reference. No operator has a
+gradient.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from rarefy.errors import RarefyError
+from rarefy.kernels import library, reference
+
+# Up to this many vectors the kernel reads codes again for every eight of them; beyond, decoding a
+# strip of rows and multiplying by it in torch is faster.
+FEW = 24
+_STRIP = 1 << 21  # weights of such a strip
+
+_TYPES = {torch.float16: library.SCALE_F16, torch.bfloat16: library.SCALE_BF16}
+
+
+@torch.library.custom_op("rarefy::int_linear", mutates_args=())
+def int_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group: int,
+) -> torch.Tensor:
+    """``x W^T`` with the weights that decoding gives.
+
+    Args:
+        x: [..., n].
+        codes: int32 [m, words].
+        scales: float16 or bfloat16 [m, G].
+        zeros: int32 [words(m), G]; None when symmetric.
+        bits: 2 to 8.
+        group: columns a group, or 0.
+
+    Returns:
+        [..., m] in x's type.
+    """
+    return reference.int_linear(x, codes, scales, zeros, bits, group)
+
+
+@torch.library.custom_op("rarefy::int8_linear", mutates_args=())
+def int8_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    bits: int,
+    group: int,
+) -> torch.Tensor:
+    """``x W^T`` with x rounded to int8 and integer sums; see :func:`reference.int8_linear`.
+
+    Args:
+        x, codes, scales, zeros, bits, group: see :func:`int_linear`.
+        input_scale: [1], one scale for all of x; None for one of each token.
+    """
+    return reference.int8_linear(x, codes, scales, zeros, input_scale, bits, group)
+
+
+@torch.library.custom_op("rarefy::int_rows", mutates_args=())
+def int_rows(
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+) -> torch.Tensor:
+    """Rows by number, float32 [..., n] for ids [...]; other arguments as in :func:`int_linear`."""
+    unique, where = torch.unique(ids, return_inverse=True)
+    return reference.int_rows(codes, scales, zeros, bits, group, columns, unique)[where]
+
+
+@int_linear.register_fake
+def _(x, codes, scales, zeros, bits, group):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@int8_linear.register_fake
+def _(x, codes, scales, zeros, input_scale, bits, group):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@int_rows.register_fake
+def _(ids, codes, scales, zeros, bits, group, columns):  # type: ignore[no-untyped-def]
+    return scales.new_empty((*ids.shape, columns), dtype=torch.float32)
+
+
+@int_linear.register_kernel("cpu")
+def cpu_int_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group: int,
+) -> torch.Tensor:
+    """:func:`int_linear` by the library; without the cost of an operator where nothing traces."""
+    if not (library.available() and x.dtype is torch.float32):
+        return reference.int_linear(x, codes, scales, zeros, bits, group)
+    columns, rows = x.shape[-1], codes.shape[0]
+    flat = x.reshape(-1, columns).contiguous()
+    matrix = describe(codes, scales, zeros, bits, group, columns)
+    y = x.new_empty((*x.shape[:-1], rows))
+    if flat.shape[0] > FEW:
+        _by_strips(flat, matrix, y.view(-1, rows))
+        return y
+    threads, call = torch.get_num_threads(), library.library().rarefy_matvec
+    check(call(matrix, flat.data_ptr(), y.data_ptr(), flat.shape[0], threads))
+    return y
+
+
+def _by_strips(flat: torch.Tensor, matrix: library.Matrix, y: torch.Tensor) -> None:
+    """Decode some rows, multiply by them, and so on."""
+    columns, rows = flat.shape[1], y.shape[1]
+    strip = min(rows, max(32, _STRIP // columns // 32 * 32))
+    weight = flat.new_empty(strip, columns)
+    decode, threads = library.library().rarefy_decode, torch.get_num_threads()
+    for start in range(0, rows, strip):
+        stop = min(rows, start + strip)
+        check(decode(matrix, start, stop, weight.data_ptr(), threads))
+        torch.mm(flat, weight[: stop - start].T, out=y[:, start:stop])
+
+
+@int8_linear.register_kernel("cpu")
+def cpu_int8_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    bits: int,
+    group: int,
+) -> torch.Tensor:
+    """:func:`int8_linear` by the library."""
+    if not (library.available() and x.dtype is torch.float32):
+        return reference.int8_linear(x, codes, scales, zeros, input_scale, bits, group)
+    columns, rows = x.shape[-1], codes.shape[0]
+    flat = x.reshape(-1, columns).contiguous()
+    matrix = describe(codes, scales, zeros, bits, group, columns)
+    y = x.new_empty((*x.shape[:-1], rows))
+    given = None if input_scale is None else input_scale.data_ptr()
+    threads, call = torch.get_num_threads(), library.library().rarefy_matvec_int8
+    check(call(matrix, flat.data_ptr(), given, y.data_ptr(), flat.shape[0], threads))
+    return y
+
+
+@int_rows.register_kernel("cpu")
+def cpu_int_rows(
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+) -> torch.Tensor:
+    """:func:`int_rows` by the library."""
+    if not library.available():
+        unique, where = torch.unique(ids, return_inverse=True)
+        return reference.int_rows(codes, scales, zeros, bits, group, columns, unique)[where]
+    wanted = ids.reshape(-1).long().contiguous()
+    out = torch.empty((*ids.shape, columns))
+    matrix = describe(codes, scales, zeros, bits, group, columns)
+    call, threads = library.library().rarefy_decode_rows, torch.get_num_threads()
+    check(call(matrix, wanted.data_ptr(), wanted.numel(), out.data_ptr(), threads))
+    return out
+
+
+def describe(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+) -> library.Matrix:
+    """The C descriptor of stored tensors, which must stay alive while it is used."""
+    return _describe(
+        *codes.shape, columns, bits, group, _TYPES[scales.dtype],
+        codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(),
+    )  # fmt: skip
+
+
+# Nothing but its arguments goes into a descriptor, so one that is kept cannot be out of date.
+@lru_cache(maxsize=4096)
+def _describe(
+    rows: int, words: int, columns: int, bits: int, group: int, scale_type: int, *at: int
+) -> library.Matrix:
+    codes, scales, zeros = at
+    return library.Matrix(
+        kind=library.INT, bits=bits, scale_type=scale_type, symmetric=not zeros, rows=rows,
+        columns=columns, group=group, words_per_row=words, codes=codes, scales=scales,
+        zeros=zeros or None,
+    )  # fmt: skip
+
+
+def check(status: int) -> None:
+    """Raise what a status of the library means."""
+    if status:
+        problem = {1: "has no kernel for this matrix", 2: "was given a row that is not there",
+                   3: "has no memory left"}.get(status, f"failed with status {status}")  # fmt: skip
+        raise RarefyError(f"the compiled library {problem}; RAREFY_KERNELS=off avoids it")

@@ -1,0 +1,1 @@
+"""Kernels for GPUs in triton, which is imported by whoever imports them."""

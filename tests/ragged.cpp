@@ -1,0 +1,140 @@
+// Every kernel of grouped integers and dense matrices over ragged shapes, for the sanitizers: each
+// buffer is exactly as long as it has to be, so that a read or write beyond its end is found, and
+// products are compared with decoded rows. See `make sanitize`.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../src/rarefy/kernels/csrc/matrix.h"
+
+namespace {
+
+std::mt19937 dice(0);
+
+int failures = 0;
+
+// Exactly `count` elements of their own on the heap.
+template <class T>
+std::unique_ptr<T[]> exactly(int64_t count) {
+  return std::unique_ptr<T[]>(new T[static_cast<std::size_t>(count)]());
+}
+
+std::unique_ptr<uint32_t[]> random_words(int64_t count) {
+  auto words = exactly<uint32_t>(count);
+  for (int64_t i = 0; i < count; ++i) words[i] = static_cast<uint32_t>(dice());
+  return words;
+}
+
+std::unique_ptr<float[]> random_floats(int64_t count) {
+  auto values = exactly<float>(count);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < count; ++i) values[i] = normal(dice);
+  return values;
+}
+
+// The largest difference between a product and the rows that decoding gives, relative to its norm.
+double difference(const rarefy_matrix& m, const float* weights, const float* x, const float* y,
+                  int64_t vectors) {
+  double error = 0, size = 1e-30;
+  for (int64_t t = 0; t < vectors; ++t) {
+    for (int64_t r = 0; r < m.rows; ++r) {
+      double sum = 0;
+      for (int64_t j = 0; j < m.columns; ++j) {
+        sum += static_cast<double>(weights[r * m.columns + j]) * x[t * m.columns + j];
+      }
+      error += (sum - y[t * m.rows + r]) * (sum - y[t * m.rows + r]);
+      size += sum * sum;
+    }
+  }
+  return std::sqrt(error / size);
+}
+
+void expect(bool met, const char* what, const rarefy_matrix& m, int64_t vectors, double value) {
+  if (met) return;
+  ++failures;
+  std::printf("%s: kind %d, %d bits, %lld x %lld, group %lld, %lld vectors: %g\n", what, m.kind,
+              m.bits, static_cast<long long>(m.rows), static_cast<long long>(m.columns),
+              static_cast<long long>(m.group), static_cast<long long>(vectors), value);
+}
+
+void check(const rarefy_matrix& m, int64_t vectors, int threads) {
+  auto x = random_floats(vectors * m.columns), y = exactly<float>(vectors * m.rows);
+  auto weights = exactly<float>(m.rows * m.columns);
+  int status = rarefy_decode(&m, 0, m.rows, weights.get(), threads);
+  status |= rarefy_matvec(&m, x.get(), y.get(), vectors, threads);
+  const double found = difference(m, weights.get(), x.get(), y.get(), vectors);
+  expect(status == 0 && found < 1e-5, "product", m, vectors, status ? status : found);
+  if (m.kind != RAREFY_INT) return;
+  status = rarefy_matvec_int8(&m, x.get(), nullptr, y.get(), vectors, threads);
+  const double rounded = difference(m, weights.get(), x.get(), y.get(), vectors);
+  expect(status == 0 && rounded < 0.05, "int8 product", m, vectors, status ? status : rounded);
+  const int64_t last = m.rows - 1;
+  auto row = exactly<float>(m.columns);
+  status = rarefy_decode_rows(&m, &last, 1, row.get(), threads);
+  bool same = status == 0;
+  for (int64_t j = 0; j < m.columns; ++j) same &= row[j] == weights[last * m.columns + j];
+  expect(same, "last row", m, 1, status);
+}
+
+void check_integers(int bits, int64_t rows, int64_t columns, int64_t group, int variant) {
+  const int64_t words = (columns * bits + 31) / 32;
+  const int64_t groups = group > 0 && group < columns ? (columns + group - 1) / group : 1;
+  auto codes = random_words(rows * words), zeros = random_words((rows * bits + 31) / 32 * groups);
+  auto scales = exactly<uint16_t>(rows * groups);
+  const bool half = variant & 1;
+  for (int64_t i = 0; i < rows * groups; ++i) {  // between 2^-8 and 2^-6 in either type
+    scales[i] = static_cast<uint16_t>(half ? 0x1C00 + dice() % 0x800 : 0x3B80 + dice() % 0x100);
+  }
+  const bool symmetric = variant & 2;
+  const rarefy_matrix m{RAREFY_INT, bits, half ? RAREFY_SCALE_F16 : RAREFY_SCALE_BF16, symmetric,
+                        rows, columns, group, words, codes.get(), scales.get(),
+                        symmetric ? nullptr : zeros.get(), nullptr};
+  check(m, 1 + variant * 3, 1 + variant % 3);
+}
+
+void check_dense(int kind, int64_t rows, int64_t columns, int64_t vectors) {
+  auto values = random_floats(rows * columns);
+  auto halves = exactly<uint16_t>(rows * columns);
+  for (int64_t i = 0; i < rows * columns; ++i) halves[i] = static_cast<uint16_t>(0x3800 + dice() % 0x400);
+  const void* codes = kind == RAREFY_F32 ? static_cast<void*>(values.get()) : halves.get();
+  check(rarefy_matrix{kind, 0, 0, 0, rows, columns, 0, 0, codes, nullptr, nullptr, nullptr},
+        vectors, 2);
+}
+
+}  // namespace
+
+int main() {
+  std::printf("%s\n", rarefy_instructions());
+  for (int bits = 2; bits <= 8; ++bits) {
+    for (int64_t columns : {1, 7, 16, 31, 33, 63, 64, 100, 129, 250}) {
+      for (int64_t group : {0, 1, 8, 16, 24, 32, 48, 64, 100}) {
+        if (group > columns) continue;
+        for (int variant = 0; variant < 4; ++variant) {
+          check_integers(bits, 1 + dice() % 13, columns, group, variant);
+        }
+      }
+    }
+  }
+  for (int kind : {RAREFY_F32, RAREFY_F16, RAREFY_BF16}) {
+    for (int64_t columns : {1, 7, 8, 15, 16, 17, 100}) {
+      for (int64_t vectors : {1, 3, 4, 6}) check_dense(kind, 1 + dice() % 13, columns, vectors);
+    }
+  }
+  // Callers at the same time, each with threads of its own wish.
+  std::thread beside([] {
+    std::mt19937 own(1);
+    auto x = exactly<float>(512), y = exactly<float>(64), w = exactly<float>(512 * 64);
+    for (int64_t i = 0; i < 512 * 64; ++i) w[i] = static_cast<float>(own() % 7);
+    const rarefy_matrix m{RAREFY_F32, 0, 0, 0, 64, 512, 0, 0, w.get(), nullptr, nullptr, nullptr};
+    for (int i = 0; i < 300; ++i) rarefy_matvec(&m, x.get(), y.get(), 1, 1 + i % 3);
+  });
+  for (int i = 0; i < 60; ++i) check_dense(RAREFY_F32, 61, 513, 1);
+  beside.join();
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}

@@ -1,0 +1,447 @@
+"""Compiled kernels against their references, at every level of instructions that is here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rarefy.errors import RarefyError
+from rarefy.formats.activation import IntActivation
+from rarefy.formats.integer import Int
+from rarefy.formats.packing import unpack
+from rarefy.kernels import library, ops_dense, ops_int
+from rarefy.runtime.packed import PackedEmbedding, PackedLinear, TiedHead
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+needs_library = pytest.mark.skipif(not library.available(), reason=library.reason())
+
+
+@contextmanager
+def limited(level: str) -> Iterator[str]:
+    used = library.limit(level)
+    try:
+        yield used
+    finally:
+        library.limit("avx512")
+
+
+def levels_here() -> list[str]:
+    """Levels that this machine really has."""
+    if not library.available():
+        return ["portable"]
+    found = []
+    for level in ("portable", "avx2", "avx512"):
+        with limited(level) as used:
+            if used.startswith(level):
+                found.append(level)
+    return found
+
+
+levels = pytest.mark.parametrize("level", levels_here())
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Int, int, int, int]:
+    """A format, rows, columns and vectors."""
+    columns = draw(st.integers(1, 300))
+    multiples = [k for k in (16, 32, 64, 128) if k <= columns]
+    groups = st.sampled_from([None, *multiples]) | st.integers(1, columns)
+    fmt = Int(
+        draw(st.sampled_from((2, 3, 4, 8, 4, 8, 5, 6, 7))),
+        draw(groups),
+        draw(st.booleans()),
+        scale_dtype=draw(st.sampled_from(("float16", "bfloat16"))),
+    )
+    return fmt, draw(st.integers(1, 40)), columns, draw(st.integers(1, 20))
+
+
+def stored(fmt: Int, rows: int, columns: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed + 1000 * rows + columns)
+    W = torch.randn(rows, columns, generator=g) * torch.randn(rows, 1, generator=g).exp() / 30
+    return fmt.fit(W + 0.01).encode(W)
+
+
+def arguments(
+    fmt: Int, tensors: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    zeros = tensors.get("weight_zero_point")
+    return tensors["weight_packed"], tensors["weight_scale"], zeros
+
+
+def inputs(vectors: int, columns: int) -> torch.Tensor:
+    return torch.randn(vectors, columns, generator=torch.Generator().manual_seed(vectors))
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error in norm."""
+    size = expected.double().norm().clamp(min=1e-30)
+    return float((found.double() - expected.double()).norm() / size)
+
+
+def integer_product(
+    fmt: Int, tensors: dict[str, torch.Tensor], codes: torch.Tensor
+) -> torch.Tensor:
+    """sum_g s_g sum_j (q - z) c in float64, which holds every integer sum exactly."""
+    columns = codes.shape[1]
+    grid = fmt.stored_grid(tensors)
+    units = unpack(tensors["weight_packed"], fmt.bits, columns) - grid.spread(grid.zero, columns)
+    scaled = units.double() * grid.spread(grid.scale, columns).double()
+    return codes.double() @ scaled.T
+
+
+# Grouped integers and float activations
+
+
+@needs_library
+@levels
+@SETTINGS
+@given(case=cases())
+def test_products_are_those_of_the_decoded_matrix(
+    level: str, case: tuple[Int, int, int, int]
+) -> None:
+    fmt, rows, columns, vectors = case
+    tensors, x = stored(fmt, rows, columns), inputs(vectors, columns)
+    expected = x.double() @ fmt.decode(tensors).double().T
+    with limited(level):
+        found = ops_int.int_linear(x, *arguments(fmt, tensors), fmt.bits, fmt.group or 0)
+    assert apart(found, expected) < 1e-5
+
+
+@needs_library
+@levels
+@SETTINGS
+@given(case=cases())
+def test_decoded_rows_equal_the_format_bit_for_bit(
+    level: str, case: tuple[Int, int, int, int]
+) -> None:
+    fmt, rows, columns, count = case
+    tensors = stored(fmt, rows, columns)
+    ids = torch.randint(rows, (count,), generator=torch.Generator().manual_seed(1))
+    with limited(level):
+        found = ops_int.int_rows(ids, *arguments(fmt, tensors), fmt.bits, fmt.group or 0, columns)
+    assert torch.equal(found, fmt.decode(tensors)[ids])
+
+
+@needs_library
+@levels
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_mantissa_times_every_code_is_rounded_as_decoding_does(
+    level: str, dtype: str
+) -> None:
+    # Unit vectors pick single weights, so a product is exact or wrong. Ties are among them.
+    fmt = Int(4, 32, scale_dtype=dtype)
+    mantissas = 1024 if dtype == "float16" else 128
+    first = 0x1400 if dtype == "float16" else 0x3B80
+    scale = (torch.arange(mantissas) + first).to(torch.int16).view(getattr(torch, dtype))
+    rows = 16 * mantissas
+    nibbles = torch.arange(32) % 16
+    shifted = nibbles.reshape(4, 8) << torch.arange(0, 32, 4)
+    zero = torch.arange(rows) % 16
+    zeros = (zero.reshape(-1, 8) << torch.arange(0, 32, 4)).sum(1).to(torch.int32)
+    tensors = {
+        "weight_packed": shifted.sum(1).to(torch.int32).expand(rows, 4).contiguous(),
+        "weight_scale": scale.repeat_interleave(16).unsqueeze(1),
+        "weight_zero_point": zeros.unsqueeze(1),
+        "weight_shape": torch.tensor([rows, 32]),
+    }
+    with limited(level):
+        found = ops_int.cpu_int_linear(torch.eye(32)[:16], *arguments(fmt, tensors), 4, 32)
+    assert torch.equal(found.T, fmt.decode(tensors)[:, :16])
+
+
+@needs_library
+@levels
+@pytest.mark.parametrize("fmt", [Int(4, 64), Int(8), Int(3, 48, scale_dtype="bfloat16")])
+def test_many_vectors_are_multiplied_by_strips(level: str, fmt: Int) -> None:
+    tensors, x = stored(fmt, 700, 192), inputs(40, 192).reshape(2, 20, 192)
+    with limited(level):
+        found = ops_int.int_linear(x, *arguments(fmt, tensors), fmt.bits, fmt.group or 0)
+    assert found.shape == (2, 20, 700)
+    assert apart(found, x.double() @ fmt.decode(tensors).double().T) < 1e-5
+
+
+@needs_library
+@levels
+def test_nothing_needs_to_be_aligned(level: str) -> None:
+    fmt = Int(4, 32)
+    tensors, x = stored(fmt, 9, 96), inputs(3, 97)[:, 1:]
+    codes, scales, zeros = arguments(fmt, tensors)
+    moved = torch.cat([codes.new_zeros(1), codes.reshape(-1)])[1:].reshape(codes.shape)
+    halves = torch.cat([scales.new_zeros(1), scales.reshape(-1)])[1:].reshape(scales.shape)
+    assert moved.data_ptr() % 16 and halves.data_ptr() % 4
+    with limited(level):
+        found = ops_int.int_linear(x, moved, halves, zeros, 4, 32)
+    assert apart(found, x.double() @ fmt.decode(tensors).double().T) < 1e-5
+
+
+# Activations of 8 bits
+
+
+@needs_library
+@levels
+@SETTINGS
+@given(case=cases())
+def test_int8_products_round_as_the_activation_format(
+    level: str, case: tuple[Int, int, int, int]
+) -> None:
+    fmt, rows, columns, vectors = case
+    tensors, x = stored(fmt, rows, columns), inputs(vectors, columns)
+    codes, scale = IntActivation().codes(x)
+    expected = integer_product(fmt, tensors, codes) * scale.double()
+    with limited(level):
+        found = ops_int.int8_linear(x, *arguments(fmt, tensors), None, fmt.bits, fmt.group or 0)
+    assert apart(found, expected) < 1e-5
+
+
+@needs_library
+@levels
+@pytest.mark.parametrize("columns", [1, 33, 100, 513])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integer_sums_are_exact(level: str, bits: int, columns: int) -> None:
+    # Scales of one: the result is the integer sum itself, which float32 holds.
+    fmt = Int(bits)
+    tensors = stored(fmt, 21, columns)
+    tensors["weight_scale"].fill_(1.0)
+    x = torch.randint(-128, 128, (5, columns), generator=torch.Generator().manual_seed(0)).float()
+    with limited(level):
+        found = ops_int.int8_linear(x, *arguments(fmt, tensors), torch.ones(1), bits, 0)
+    assert torch.equal(found.double(), integer_product(fmt, tensors, x))
+
+
+@needs_library
+@levels
+@pytest.mark.parametrize("bits", [4, 8])
+def test_extreme_codes_do_not_saturate(level: str, bits: int) -> None:
+    fmt = Int(bits)
+    tensors = fmt.fit(-torch.ones(4, 256)).encode(torch.ones(4, 256))
+    tensors["weight_packed"].fill_(-1)
+    tensors["weight_zero_point"].fill_(0)
+    tensors["weight_scale"].fill_(1.0)
+    x = torch.full((1, 256), -200.0)
+    with limited(level):
+        found = ops_int.int8_linear(x, *arguments(fmt, tensors), torch.ones(1), bits, 0)
+    assert (found == -128 * 256 * ((1 << bits) - 1)).all()
+
+
+@needs_library
+@levels
+def test_halves_round_to_even_and_one_scale_may_serve_all(level: str) -> None:
+    fmt = Int(8, symmetric=True)
+    tensors = fmt.fit(torch.eye(16)).encode(torch.eye(16))
+    tensors["weight_scale"].fill_(1.0)
+    tensors["weight_packed"].copy_(pack_identity())
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 300.0, -300.0, 0.49] * 2]) * 0.25
+    with limited(level):
+        found = ops_int.int8_linear(x, *arguments(fmt, tensors), torch.tensor([0.25]), 8, 0)
+    assert (found / 0.25)[0, :8].tolist() == [0, 2, 2, 0, -2, 127, -128, 0]
+
+
+def pack_identity() -> torch.Tensor:
+    """Codes of the unit matrix under scales of one: 129 on the diagonal, 128 elsewhere."""
+    codes = torch.full((16, 16), 128) + torch.eye(16, dtype=torch.int64)
+    return codes.to(torch.uint8).view(torch.int32)
+
+
+@needs_library
+@levels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_hidden(level: str, bad: float) -> None:
+    fmt = Int(8)
+    tensors, x = stored(fmt, 8, 64), inputs(2, 64)
+    x[1, 3] = bad
+    with limited(level):
+        found = ops_int.int8_linear(x, *arguments(fmt, tensors), None, 8, 0)
+        plain = ops_int.int_linear(x, *arguments(fmt, tensors), 8, 0)
+    for y in (found, plain):
+        assert torch.isfinite(y[0]).all() and not torch.isfinite(y[1]).any()
+
+
+# Dense matrices
+
+
+@needs_library
+@levels
+@SETTINGS
+@given(
+    dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 200),
+    vectors=st.integers(1, 9),
+)
+def test_dense_products(
+    level: str, dtype: torch.dtype, rows: int, columns: int, vectors: int
+) -> None:
+    weight = inputs(rows, columns).to(dtype)
+    x = inputs(vectors, columns)
+    with limited(level):
+        found = ops_dense.dense_linear(x, weight)
+    assert apart(found, x.double() @ weight.double().T) < 1e-5
+
+
+# Threads and processes
+
+
+@needs_library
+def test_calls_of_two_threads_do_not_meet() -> None:
+    fmt = Int(4, 64)
+    tensors = stored(fmt, 600, 256)
+    matrix = ops_int.describe(*arguments(fmt, tensors), 4, 64, 256)
+    D, wrong = fmt.decode(tensors), []
+
+    def work(seed: int) -> None:
+        x = inputs(2, 256) + seed
+        y, expected = torch.empty(2, 600), x @ D.T
+        for turn in range(50):
+            y.zero_()
+            library.library().rarefy_matvec(matrix, x.data_ptr(), y.data_ptr(), 2, 1 + turn % 3)
+            if apart(y, expected) > 1e-5:
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    fmt = Int(4, 64)
+    tensors, x, y = stored(fmt, 600, 256), inputs(1, 256), torch.empty(1, 600)
+    matrix = ops_int.describe(*arguments(fmt, tensors), 4, 64, 256)
+    call = library.library().rarefy_matvec
+    call(matrix, x.data_ptr(), y.data_ptr(), 1, 2)
+    expected = y.clone()
+    child = os.fork()
+    if child == 0:
+        y.zero_()
+        call(matrix, x.data_ptr(), y.data_ptr(), 1, 2)
+        os._exit(0 if bool((y == expected).all()) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# The modules that use them
+
+
+def packed_linear(
+    fmt: Int, rows: int, columns: int, rounding: IntActivation | None = None
+) -> PackedLinear:
+    module = PackedLinear(fmt, (rows, columns), None, rounding).to_empty(device="cpu")
+    for suffix, tensor in stored(fmt, rows, columns).items():
+        getattr(module, suffix).copy_(tensor)
+    module.bias = torch.nn.Parameter(torch.linspace(-1, 1, rows), requires_grad=False)
+    return module
+
+
+@needs_library
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("rounding", [None, IntActivation()])
+def test_a_packed_linear_compiles_without_a_break(
+    backend: str, rounding: IntActivation | None
+) -> None:
+    if backend == "inductor" and rounding is None:
+        pytest.skip("one run of inductor is enough")
+    module = packed_linear(Int(8), 24, 64, rounding)
+    x = inputs(6, 64).reshape(2, 3, 64)
+    with torch.no_grad():
+        expected = module(x)
+        compiled = torch.compile(module, fullgraph=True, backend=backend)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+@needs_library
+def test_operators_tell_torch_the_truth_about_themselves() -> None:
+    fmt = Int(4, 32)
+    tensors = stored(fmt, 9, 96)
+    given = (*arguments(fmt, tensors), 4, 32)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops_int.int_linear, (inputs(3, 96), *given), test_utils=checks)
+    codes, scales, zeros, bits, group = given
+    one = (inputs(3, 96), codes, scales, zeros, torch.ones(1), bits, group)
+    torch.library.opcheck(ops_int.int8_linear, one, test_utils=checks)
+    ids = torch.tensor([[1, 8]])
+    torch.library.opcheck(ops_int.int_rows, (ids, *given, 96), test_utils=checks)
+    weight = inputs(5, 96).half()
+    torch.library.opcheck(ops_dense.dense_linear, (inputs(3, 96), weight), test_utils=checks)
+
+
+@needs_library
+def test_where_a_gradient_is_wanted_the_reference_runs() -> None:
+    module = packed_linear(Int(4, 32), 12, 64)
+    x = inputs(2, 64).requires_grad_()
+    y = module(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, module.dense().sum(0).expand(2, 64))
+    with torch.no_grad():
+        assert not torch.equal(module(x), module(x) + 1) and apart(module(x), y) < 1e-6
+
+
+@needs_library
+def test_modules_name_their_kernel() -> None:
+    instructions = library.instructions()
+    assert packed_linear(Int(4, 32), 8, 64).kernel == f"int4 x fp32, {instructions}"
+    assert packed_linear(Int(8), 8, 64, IntActivation()).kernel == f"int8 x int8, {instructions}"
+    # Six bits are rounded first.
+    six = packed_linear(Int(8), 8, 64, IntActivation(6))
+    assert six.kernel == f"int8 x fp32, {instructions}"
+
+
+@needs_library
+def test_rounded_activations_of_every_kind() -> None:
+    for rounding in (
+        IntActivation(), IntActivation(per="tensor"), IntActivation(per="tensor", dynamic=False),
+        IntActivation(6),
+    ):  # fmt: skip
+        module = packed_linear(Int(8, symmetric=True), 12, 64, rounding)
+        x = inputs(5, 64)
+        if rounding.static:
+            module.input_scale = rounding.scale(x.abs().amax(0))
+        rounded = rounding.round(x, module.input_scale)
+        expected = rounded @ module.dense().T + module.bias
+        # Decoding rounds weights to 16 bits, integer sums do not.
+        assert apart(module(x), expected) < 5e-4
+
+
+@needs_library
+def test_an_embedding_and_its_head() -> None:
+    fmt = Int(8, 32)
+    embedding = PackedEmbedding(fmt, (50, 96)).to_empty(device="cpu")
+    for suffix, tensor in stored(fmt, 50, 96).items():
+        getattr(embedding, suffix).copy_(tensor)
+    ids = torch.tensor([[0, 49, 3], [3, 3, 7]])
+    D = embedding.dense()
+    assert torch.equal(embedding(ids), D[ids])
+    head, x = TiedHead(embedding), inputs(4, 96)
+    assert apart(head(x), x.double() @ D.double().T) < 1e-5
+    assert head.kernel == embedding.kernel
+    with pytest.raises(RarefyError, match="row that is not there"):
+        embedding(torch.tensor([50]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"), [("off", "RAREFY_KERNELS=off"), ("avx1024", "it may be off")]
+)
+def test_the_environment_turns_kernels_off(setting: str, said: str) -> None:
+    program = (
+        "from rarefy.kernels import library as l; "
+        "print(l.available(), l.instructions(), l.reason())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"RAREFY_KERNELS": setting},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("False reference") and said in done.stdout
