@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import aside  # noqa: F401
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -90,7 +91,8 @@ def run_child(command: Sequence[object], log: Path, env: Mapping[str, str] | Non
             [str(word) for word in command],
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            # The child's folder is not searched for modules; see aside.py.
+            env={**os.environ, "PYTHONSAFEPATH": "1", **(env or {})},
             check=False,
         )
     if done.returncode:
