@@ -183,7 +183,7 @@ def ours(rows: int, columns: int) -> list[Candidate]:
     stored = several(binary, rows, columns)
 
     def look_up(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        return ops_lut.product(binary, tensors, x)
+        return ops_lut.BCQKernel(binary).product(x, tensors, None)
 
     name = "look-up table, 4 planes g128"
     return [*found, Candidate(name, size(stored), stored, look_up, decoded(binary))]

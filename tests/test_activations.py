@@ -24,6 +24,7 @@ from rarefy.formats.activation import IntActivation
 from rarefy.formats.integer import Int
 from rarefy.formats.packing import unpack
 from rarefy.recipe import parse_recipe
+from rarefy.runtime import packed
 from rarefy.runtime.packed import PackedLinear, hold_dense
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def test_a_static_scale_is_that_of_the_compressed_model(tmp_path: Path) -> None:
     """What calibration saw is what the result sees: earlier groups rounded, inputs included."""
     out = compressed(tmp_path, W8A8_STATIC)
     model = load_model(out)
+    hold_dense(model)  # calibration saw decoded weights; sums of integers differ a little
     peaks: dict[str, float] = {}
 
     def watch(name: str) -> Any:
@@ -197,9 +199,7 @@ def test_a_static_scale_is_that_of_the_compressed_model(tmp_path: Path) -> None:
     assert len(layers) == 3 * 7
     for name, layer in layers.items():
         assert layer.input_scale is not None
-        # Calibration saw decoded weights; integer kernels sum codes before they meet their scale,
-        # without the rounding of each weight to 16 bits.
-        assert float(layer.input_scale) == pytest.approx(peaks[name] / 127, rel=1e-2), name
+        assert float(layer.input_scale) == pytest.approx(peaks[name] / 127, rel=1e-4), name
 
 
 @pytest.mark.parametrize("stage", [W8A8, W8A8_STATIC])
@@ -235,8 +235,14 @@ def test_the_folder_runs_as_the_formats_say(stage: dict[str, Any], tmp_path: Pat
         linear = model.get_submodule(name)
         linear.weight.data = skeleton.read(f"{name}.weight")
         linear.register_forward_pre_hook(rounding(name))
+    ours = load_model(out)
     with torch.no_grad():
-        assert torch.equal(model(IDS, use_cache=False).logits, logits(out))
+        expected = model(IDS, use_cache=False).logits
+        by_kernels = ours(IDS, use_cache=False).logits
+        hold_dense(ours)
+        assert torch.equal(ours(IDS, use_cache=False).logits, expected)
+    # Sums of integers leave out the rounding of each weight to 16 bits, and codes of inputs flip.
+    assert float((by_kernels - expected).norm() / expected.norm()) < 5e-2
 
 
 def test_what_is_evaluated_is_the_rounded_model(tmp_path: Path) -> None:
@@ -301,6 +307,7 @@ def test_a_held_copy_gives_the_same_logits_without_decoding(
 ) -> None:
     model = load_model(compressed(tmp_path, stage))
     ids = rows(tmp_path)[:, :32]
+    monkeypatch.setattr(packed, "runs_on", lambda *_: False)
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
         hold_dense(model)

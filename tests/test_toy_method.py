@@ -43,16 +43,24 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("copy")
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "src", root / "src", ignore=skip)
-    shutil.copytree(ROOT / "recipes", root / "recipes")
     shutil.copytree(ROOT / "tests" / "conformance", root / "tests" / "conformance", ignore=skip)
     shutil.copy(ROOT / "tests" / "tiny.py", root / "tests")
     (root / "src" / "rarefy" / "solvers" / "toy.py").write_text(TOY)
     return root
 
 
+# An editable installation puts a finder of its own in front of PYTHONPATH.
+RUN = """
+import runpy, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if not hasattr(finder, "known_packages")]
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
 def run(copy: Path, *words: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", *words],
+        [sys.executable, "-c", RUN, *words],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": f"{copy / 'src'}{os.pathsep}{copy / 'tests'}"},
         capture_output=True,

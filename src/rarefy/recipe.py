@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,8 +65,7 @@ class _Document(BaseModel):
 
 def presets() -> dict[str, Path]:
     """The shipped recipes: name -> file."""
-    packaged = Path(str(resources.files("rarefy"))) / "recipes"
-    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
+    folder = Path(__file__).with_name("recipes")
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 

@@ -52,7 +52,7 @@ SAMPLES: dict[str, Sample] = {
     "full": Sample({"learning_rate": 2e-3}, (PRUNE,), r"layers|^model\.norm", (PRUNE,)),
     "lora": Sample({"learning_rate": 5e-3}, (PRUNE,), start=(PRUNE,)),
     "scales": Sample({"relative": True}, (ROUND,), r"weight_scale$", (ROUND,)),
-    "codes": Sample({"reach": 2.0}, (ROUND,), r"weight_(packed|scale)$", (ROUND,)),
+    "codes": Sample({"reach": 0.51}, (ROUND,), r"weight_(packed|scale)$", (ROUND,)),
     "qlora": Sample({"rank": 2}, (ROUND,), r"^$", (ROUND,)),
     "qat": Sample({"learning_rate": 2e-3, "schemes": INT3}, (), "", (ROUND,)),
 }

@@ -8,9 +8,43 @@
 namespace rarefy {
 namespace {
 
+// Affine, sixteen groups at a time; reads past the last group go to what the mask leaves out.
+struct AffineWide : Affine {
+  void read(const rarefy_matrix& m, int64_t row, float* scratch) {
+    const int64_t groups = groups_of(m);
+    const bool packed = !m.symmetric && m.zeros != nullptr;
+    const bool crossing = packed && row * m.bits % 32 + m.bits > 32;
+    if (m.scale_type == RAREFY_SCALE_F32 || crossing) return Affine::read(m, row, scratch);
+    float* s = scratch;
+    float* b = scratch + round_up(groups, 16);
+    const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + row * groups;
+    const int64_t at = row * m.bits;
+    const uint32_t* words = static_cast<const uint32_t*>(m.zeros) + (packed ? at / 32 * groups : 0);
+    const __m128i down = _mm_cvtsi32_si128(static_cast<int>(at % 32));
+    const __m512i mask = _mm512_set1_epi32((1 << m.bits) - 1);
+    __m512 zero = _mm512_set1_ps(static_cast<float>(1 << (m.bits - 1)));
+    for (int64_t g = 0; g < groups; g += 16) {
+      const __mmask16 some = static_cast<__mmask16>((1u << at_most(16, groups - g)) - 1);
+      const __m256i half = _mm256_maskz_loadu_epi16(some, halves + g);
+      const __m512 value = m.scale_type == RAREFY_SCALE_F16
+                               ? _mm512_cvtph_ps(half)
+                               : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      if (packed) {
+        const __m512i word = _mm512_maskz_loadu_epi32(some, words + g);
+        zero = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srl_epi32(word, down), mask));
+      }
+      _mm512_storeu_ps(s + g, value);
+      _mm512_storeu_ps(b + g, _mm512_fnmadd_ps(value, zero, _mm512_setzero_ps()));
+    }
+    scale = s;
+    shift = b;
+    rounder = rounder_of(m);
+  }
+};
+
 struct Wide {
   using V = __m512;
-  using Parameters = Affine;
+  using Parameters = AffineWide;
   static constexpr int lanes = 16;
   static constexpr bool factored = false;
   static constexpr int rows(int together) { return together == 8 ? 2 : 4; }
