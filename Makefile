@@ -37,10 +37,10 @@ check: $(READY)
 
 sanitize:
 	for kind in address,undefined thread; do \
-	  cmake -S . -B build/sanitize-$$kind -D RAREFY_SANITIZE=$$kind > /dev/null && \
-	  cmake --build build/sanitize-$$kind -j 2 && \
+	  cmake -S . -B build/sanitize-$${kind%%,*} -D RAREFY_SANITIZE=$$kind > /dev/null && \
+	  cmake --build build/sanitize-$${kind%%,*} -j 2 && \
 	  for level in portable avx2 avx512; do \
-	    RAREFY_KERNELS=$$level build/sanitize-$$kind/ragged || exit 1; \
+	    RAREFY_KERNELS=$$level build/sanitize-$${kind%%,*}/ragged || exit 1; \
 	  done || exit 1; \
 	done
 
