@@ -52,7 +52,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # An editable installation puts a finder of its own in front of PYTHONPATH.
 RUN = """
 import runpy, sys
-sys.meta_path[:] = [finder for finder in sys.meta_path if not hasattr(finder, "known_packages")]
+sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
 del sys.argv[0]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
