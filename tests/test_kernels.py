@@ -294,7 +294,10 @@ def test_dense_products(
 
 
 @needs_library
-def test_calls_of_two_threads_do_not_meet() -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_calls_of_two_threads_do_not_meet(own: bool) -> None:
+    if own:
+        library.library().rarefy_borrow(None)
     fmt = Int(4, 64)
     tensors = stored(fmt, 600, 256)
     matrix = ops_int.describe(*arguments(fmt, tensors), 4, 64, 256)
@@ -314,6 +317,7 @@ def test_calls_of_two_threads_do_not_meet() -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    library.library().rarefy_borrow(library.torch_threads())
     assert not wrong
 
 

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 FILE = Path(__file__).with_name("librarefy_kernels.so")
 
 F32, F16, BF16, INT, BCQ, BITMASK, TWO_FOUR = range(7)
@@ -50,6 +52,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rarefy_limit": (ctypes.c_char_p, (ctypes.c_char_p,)),
     "rarefy_soft_round": (_INT, (_AT, _AT, _AT, _AT, _INT)),
     "rarefy_soft_round_back": (_INT, (_AT, _AT, _AT, _AT, _AT, _AT, _INT)),
+    "rarefy_borrow": (None, (_AT,)),
     "rarefy_read": (ctypes.c_uint64, (_AT, _I64, _INT)),
 }
 
@@ -73,7 +76,21 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         if function is None:
             return None, f"{FILE.name} lacks {name}: it is of another version; install rarefy again"
         function.restype, function.argtypes = result, arguments
+    library.rarefy_borrow(torch_threads())
     return library, ""
+
+
+def torch_threads() -> int | None:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch brought along, if it did.
+
+    Its threads spin for milliseconds after every parallel operation of torch; threads of our own
+    would have to share the cores with them.
+    """
+    for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        function = getattr(ctypes.CDLL(str(file)), "GOMP_parallel", None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value
+    return None
 
 
 def available() -> bool:

@@ -75,6 +75,10 @@ const char* rarefy_instructions(void);
 // does from the start; returns what is then used. For tests and benchmarks.
 const char* rarefy_limit(const char* name);
 
+// Take the threads of an OpenMP runtime of this process from here on, given its GOMP_parallel, so
+// that two sets of threads do not contend for the cores; null: the library's own threads.
+void rarefy_borrow(void (*parallel)(void (*)(void*), void*, unsigned, unsigned));
+
 // Read `bytes` once with the pool's threads and widest loads; returns a checksum. For benchmarks.
 uint64_t rarefy_read(const void* data, int64_t bytes, int threads);
 }

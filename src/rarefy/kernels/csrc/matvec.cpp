@@ -78,6 +78,10 @@ int guarded(const rarefy_matrix* matrix, F&& f) {
 using rarefy::guarded;
 using rarefy::Pool;
 
+extern "C" void rarefy_borrow(void (*parallel)(void (*)(void*), void*, unsigned, unsigned)) {
+  Pool::borrow(parallel);
+}
+
 extern "C" int rarefy_matvec(const rarefy_matrix* matrix, const float* x, float* y,
                              int64_t vectors, int threads) {
   return guarded(matrix, [&](const rarefy_matrix& m, Pool& pool) {

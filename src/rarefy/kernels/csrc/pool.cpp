@@ -20,6 +20,9 @@ using Clock = std::chrono::steady_clock;
 // About as long as Python takes between two modules of a block.
 constexpr auto kSpin = std::chrono::microseconds(50);
 
+// For threads that were asked for all together, before doing without them.
+constexpr auto kPatience = std::chrono::milliseconds(20);
+
 thread_local bool inside = false;
 
 void relax() {
@@ -36,10 +39,15 @@ constexpr uint64_t kInside = 0xFFFF;
 constexpr uint64_t kOpen = 1u << 16;
 constexpr int kLimit = 17, kGeneration = 32;
 
+std::atomic<Pool::Parallel> borrowed{nullptr};
+
 uint64_t generation(uint64_t word) { return word >> kGeneration; }
 int highest(uint64_t word) { return static_cast<int>(word >> kLimit & 0x7FFF); }
 
 }  // namespace
+
+// Whether enough borrowed threads have come.
+enum class Verdict { open, begin, leave };
 
 struct Pool::State {
   std::mutex running;  // held by the caller whose job this is
@@ -49,6 +57,9 @@ struct Pool::State {
   std::atomic<int64_t> next{0};
   std::atomic<int> sleepers{0};
   std::atomic<bool> stop{false};
+  std::atomic<int> arrived{0};
+  std::atomic<Verdict> verdict{Verdict::open};
+  int wanted = 0;
   int64_t parts = 0;
   Body body = nullptr;
   void* context = nullptr;
@@ -118,14 +129,39 @@ struct Pool::State {
     return threads;
   }
 
-  void job(int threads, int64_t count, Body what, void* with) {
+  // Returns false where all threads were asked for and not all came.
+  bool job(int threads, int64_t count, Body what, void* with, bool all) {
     parts = count;
     body = what;
     context = with;
     next.store(0);
-    open(threads);
+    if (const Parallel parallel = borrowed.load()) {
+      arrived.store(0);
+      wanted = threads;
+      verdict.store(all ? Verdict::open : Verdict::begin);
+      parallel([](void* state) { static_cast<State*>(state)->arrive(); }, this,
+               static_cast<unsigned>(threads), 0);
+      return verdict.load() == Verdict::begin;
+    }
+    const int there = hire(threads);
+    if (all && there < threads) return false;
+    open(there);
     take(0);
     close();
+    return true;
+  }
+
+  // Of a borrowed thread. A runtime may give fewer than it was asked for.
+  void arrive() {
+    const int thread = arrived.fetch_add(1);
+    const auto end = Clock::now() + kPatience;
+    while (verdict.load() == Verdict::open) {
+      Verdict undecided = Verdict::open;
+      if (arrived.load() >= wanted) verdict.compare_exchange_strong(undecided, Verdict::begin);
+      else if (Clock::now() > end) verdict.compare_exchange_strong(undecided, Verdict::leave);
+      relax();
+    }
+    if (verdict.load() == Verdict::begin && thread < wanted) take(thread);
   }
 
   void close() {
@@ -156,24 +192,28 @@ void Pool::run(int threads, int64_t parts, Body body, void* context) {
     for (int64_t part = 0; part < parts; ++part) body(context, part, 0);
     return;
   }
-  s.job(s.hire(threads), parts, body, context);
+  s.job(threads, parts, body, context, false);
 }
 
 bool Pool::together(int threads, Body body, void* context) {
   State& s = *state_;
   std::unique_lock<std::mutex> mine(s.running, std::defer_lock);
-  if (inside || !mine.try_lock() || s.hire(threads) < threads) return false;
+  if (inside || !mine.try_lock()) return false;
   // A thread that has a part waits in it for the others, so that each takes exactly one.
-  s.job(threads, threads, body, context);
-  return true;
+  return s.job(threads, threads, body, context, true);
 }
+
+void Pool::borrow(Parallel parallel) { borrowed.store(parallel); }
 
 namespace {
 
 // Never destroyed: threads of an interpreter that is shutting down may still be inside.
 std::atomic<Pool*> process_pool{nullptr};
 
-void forget() { process_pool.store(nullptr); }
+void forget() {
+  process_pool.store(nullptr);
+  borrowed.store(nullptr);
+}
 
 }  // namespace
 

@@ -1,5 +1,9 @@
-// The library's own threads. They spin for some microseconds after each job, because the next
-// product of a decoding step follows at once, and sleep after that.
+// Threads for products: those of an OpenMP runtime that is in the process anyway, or our own.
+//
+// After each of its own parallel regions torch's OpenMP lets its threads spin for many milliseconds,
+// and other threads would have to share the cores with them; see rarefy_borrow in matrix.h. Our own
+// threads spin for some microseconds after each job, because the next product of a decoding step
+// follows at once, and sleep after that.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +21,16 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
+  // GOMP_parallel of an OpenMP runtime, whose threads are taken from here on; null: our own.
+  using Parallel = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+  static void borrow(Parallel parallel);
+
   // The pool of this process; made anew in a forked child, whose threads are gone.
   static Pool& shared();
 
   // Call body(context, part, thread) once for each part < parts on up to `threads` threads, the
-  // caller among them (thread 0), and return when all are done. Parts are handed out one by one.
-  // A second caller at the same time, and a call from within a body, run alone.
+  // caller among them, and return when all are done. Parts are handed out one by one; thread numbers
+  // lie below `threads`. A second caller at the same time, and a call from within a body, run alone.
   void run(int threads, int64_t parts, Body body, void* context);
 
   // The same for a callable f(part, thread).
