@@ -6,10 +6,10 @@ import ctypes
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F  # noqa: N812
 
 from rarefy.kernels import library
-from rarefy.kernels.ops_int import check
+from rarefy.kernels.library import check
+from rarefy.kernels.strips import by_strips
 
 if TYPE_CHECKING:
     from rarefy.kernels.library import Matrix
@@ -19,8 +19,6 @@ SCALES = {
     torch.float16: library.SCALE_F16,
     torch.bfloat16: library.SCALE_BF16,
 }
-
-_STRIP = 1 << 18  # weights that are decoded at a time, which fit into a core's own cache as float32
 
 
 def multiply(matrix: Matrix, x: torch.Tensor, few: int = 8) -> torch.Tensor:
@@ -34,7 +32,8 @@ def multiply(matrix: Matrix, x: torch.Tensor, few: int = 8) -> torch.Tensor:
     """
     vectors = x.detach().reshape(-1, matrix.columns).float().contiguous()
     if len(vectors) > few:
-        y = _by_strips(matrix, vectors)
+        y = torch.empty(len(vectors), matrix.rows)
+        by_strips(matrix, vectors, y)
     else:
         y = torch.empty(len(vectors), matrix.rows)
         arguments = (vectors.data_ptr(), y.data_ptr(), len(vectors), torch.get_num_threads())
@@ -50,13 +49,3 @@ def decode(matrix: Matrix, row0: int, row1: int, out: torch.Tensor | None = None
         library.library().rarefy_decode(ctypes.byref(matrix), row0, row1, found.data_ptr(), threads)
     )
     return found
-
-
-def _by_strips(matrix: Matrix, vectors: torch.Tensor) -> torch.Tensor:
-    rows, size = matrix.rows, max(16, _STRIP // matrix.columns)
-    room = torch.empty(min(size, rows), matrix.columns)
-    y = torch.empty(len(vectors), rows)
-    for a in range(0, rows, size):
-        b = min(a + size, rows)
-        y[:, a:b] = F.linear(vectors, decode(matrix, a, b, room))
-    return y

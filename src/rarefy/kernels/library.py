@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from rarefy.errors import RarefyError
+
 FILE = Path(__file__).with_name("librarefy_kernels.so")
 
 F32, F16, BF16, INT, BCQ, BITMASK, TWO_FOUR = range(7)
@@ -91,6 +93,14 @@ def torch_threads() -> int | None:
         if function is not None:
             return ctypes.cast(function, ctypes.c_void_p).value
     return None
+
+
+def check(status: int) -> None:
+    """Raise what a status of the library means."""
+    if status:
+        problem = {1: "has no kernel for this matrix", 2: "was given a row that is not there",
+                   3: "has no memory left"}.get(status, f"failed with status {status}")  # fmt: skip
+        raise RarefyError(f"the compiled library {problem}; RAREFY_KERNELS=off avoids it")
 
 
 def available() -> bool:

@@ -11,13 +11,12 @@ from functools import lru_cache
 
 import torch
 
-from rarefy.errors import RarefyError
 from rarefy.kernels import library, reference
+from rarefy.kernels.strips import by_strips
 
 # Up to this many vectors the kernel reads codes again for every eight of them; beyond, decoding a
 # strip of rows and multiplying by it in torch is faster.
 FEW = 24
-_STRIP = 1 << 21  # weights of such a strip
 
 _TYPES = {torch.float16: library.SCALE_F16, torch.bfloat16: library.SCALE_BF16}
 
@@ -113,23 +112,11 @@ def cpu_int_linear(
     matrix = describe(codes, scales, zeros, bits, group, columns)
     y = x.new_empty((*x.shape[:-1], rows))
     if flat.shape[0] > FEW:
-        _by_strips(flat, matrix, y.view(-1, rows))
+        by_strips(matrix, flat, y.view(-1, rows))
         return y
     threads, call = torch.get_num_threads(), library.library().rarefy_matvec
-    check(call(matrix, flat.data_ptr(), y.data_ptr(), flat.shape[0], threads))
+    library.check(call(matrix, flat.data_ptr(), y.data_ptr(), flat.shape[0], threads))
     return y
-
-
-def _by_strips(flat: torch.Tensor, matrix: library.Matrix, y: torch.Tensor) -> None:
-    """Decode some rows, multiply by them, and so on."""
-    columns, rows = flat.shape[1], y.shape[1]
-    strip = min(rows, max(32, _STRIP // columns // 32 * 32))
-    weight = flat.new_empty(strip, columns)
-    decode, threads = library.library().rarefy_decode, torch.get_num_threads()
-    for start in range(0, rows, strip):
-        stop = min(rows, start + strip)
-        check(decode(matrix, start, stop, weight.data_ptr(), threads))
-        torch.mm(flat, weight[: stop - start].T, out=y[:, start:stop])
 
 
 @int8_linear.register_kernel("cpu")
@@ -151,7 +138,7 @@ def cpu_int8_linear(
     y = x.new_empty((*x.shape[:-1], rows))
     given = None if input_scale is None else input_scale.data_ptr()
     threads, call = torch.get_num_threads(), library.library().rarefy_matvec_int8
-    check(call(matrix, flat.data_ptr(), given, y.data_ptr(), flat.shape[0], threads))
+    library.check(call(matrix, flat.data_ptr(), given, y.data_ptr(), flat.shape[0], threads))
     return y
 
 
@@ -173,7 +160,7 @@ def cpu_int_rows(
     out = torch.empty((*ids.shape, columns))
     matrix = describe(codes, scales, zeros, bits, group, columns)
     call, threads = library.library().rarefy_decode_rows, torch.get_num_threads()
-    check(call(matrix, wanted.data_ptr(), wanted.numel(), out.data_ptr(), threads))
+    library.check(call(matrix, wanted.data_ptr(), wanted.numel(), out.data_ptr(), threads))
     return out
 
 
@@ -203,11 +190,3 @@ def _describe(
         columns=columns, group=group, words_per_row=words, codes=codes, scales=scales,
         zeros=zeros or None,
     )  # fmt: skip
-
-
-def check(status: int) -> None:
-    """Raise what a status of the library means."""
-    if status:
-        problem = {1: "has no kernel for this matrix", 2: "was given a row that is not there",
-                   3: "has no memory left"}.get(status, f"failed with status {status}")  # fmt: skip
-        raise RarefyError(f"the compiled library {problem}; RAREFY_KERNELS=off avoids it")

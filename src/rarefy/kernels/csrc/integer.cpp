@@ -62,7 +62,7 @@ int together(int64_t vectors) {
 }
 
 int64_t rows_per_part(const rarefy_matrix& m, int threads) {
-  constexpr int64_t kBytes = 64 << 10, kRows = 4;
+  constexpr int64_t kBytes = 1 << 20, kRows = 4;
   const int64_t large = kBytes / std::max<int64_t>(1, m.words_per_row * 4);
   const int64_t fair = ceil_div(m.rows, 4 * std::max(1, threads));
   return round_up(std::max<int64_t>(1, std::min(large, fair)), kRows);

@@ -20,7 +20,7 @@ struct Narrow {
   static void store(float* at, V v) { _mm256_storeu_ps(at, v); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-  static V factor(const Parameters&, int64_t) { return zero(); }
+  static V factor(const Affine&, int64_t) { return zero(); }
   static V natural(V v) { return v; }
 
   static float horizontal(V v) {
@@ -30,10 +30,9 @@ struct Narrow {
   }
 };
 
-// See round_to in convert.h.
+// See the same in integer_avx512.cpp.
 inline __m256 rounded(__m256 value, __m256 rounder) {
-  const __m256 power = _mm256_and_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(0xFF800000)));
-  return _mm256_fnmadd_ps(power, rounder, _mm256_fmadd_ps(power, rounder, value));
+  return _mm256_fnmadd_ps(value, rounder, _mm256_fmadd_ps(value, rounder, value));
 }
 
 // Weights of eight codes.
@@ -114,6 +113,13 @@ struct Mantissas {
     products = products_of_mantissas(m.scale_type);
     power = p;
     offset = at;
+  }
+
+  using Near = Mantissas;
+  RAREFY_INLINE Near near(float* room, int64_t g) const {
+    std::memcpy(room, power + g, kNear * sizeof(float));
+    std::memcpy(room + kNear, offset + g, kNear * sizeof(int32_t));
+    return {products, room, reinterpret_cast<const int32_t*>(room + kNear)};
   }
 };
 

@@ -53,15 +53,16 @@ struct Wide {
   static void store(float* at, V v) { _mm512_storeu_ps(at, v); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static V factor(const Parameters&, int64_t) { return zero(); }
+  static V factor(const Affine&, int64_t) { return zero(); }
   static V natural(V v) { return v; }
   static float horizontal(V v) { return _mm512_reduce_add_ps(v); }
 };
 
-// See round_to in convert.h.
+// As round_to in convert.h does, for products of a stored scale and an integer of at most 8 bits:
+// their lowest bits are zero, so that the sum below is rounded to a multiple of the wanted unit even
+// where it reaches the next power of two.
 inline __m512 rounded(__m512 value, __m512 rounder) {
-  const __m512 power = _mm512_and_ps(value, _mm512_castsi512_ps(_mm512_set1_epi32(0xFF800000)));
-  return _mm512_fnmadd_ps(power, rounder, _mm512_fmadd_ps(power, rounder, value));
+  return _mm512_fnmadd_ps(value, rounder, _mm512_fmadd_ps(value, rounder, value));
 }
 
 template <int Bits>

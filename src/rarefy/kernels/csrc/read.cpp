@@ -4,30 +4,65 @@
 #include <atomic>
 
 #include "convert.h"
+#include "dispatch.h"
 #include "matrix.h"
 #include "pool.h"
 
+namespace rarefy {
+namespace {
+
+typedef uint64_t Words __attribute__((vector_size(64)));  // as wide as loads can be
+
+// Sum of 64-bit words over four streams, as a product reads four rows.
+RAREFY_INLINE inline uint64_t sum_of(const uint8_t* data, int64_t bytes) {
+  Words sum[4] = {};
+  const int64_t stream = bytes / 4 / 64 * 64;
+  for (int64_t at = 0; at < stream; at += 64) {
+    RAREFY_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      Words words;
+      std::memcpy(&words, data + k * stream + at, sizeof(words));
+      sum[k] += words;
+    }
+  }
+  uint64_t whole = 0;
+  for (int k = 0; k < 4; ++k) {
+    for (int lane = 0; lane < 8; ++lane) whole += sum[k][lane];
+  }
+  for (int64_t at = 4 * stream; at < bytes; ++at) whole += data[at];
+  return whole;
+}
+
+using Sum = uint64_t(const uint8_t* data, int64_t bytes);
+
+uint64_t sum_portable(const uint8_t* data, int64_t bytes) { return sum_of(data, bytes); }
+
+#if defined(RAREFY_X86)
+__attribute__((target("avx2"))) uint64_t sum_avx2(const uint8_t* data, int64_t bytes) {
+  return sum_of(data, bytes);
+}
+
+__attribute__((target("avx512f"))) uint64_t sum_avx512(const uint8_t* data, int64_t bytes) {
+  return sum_of(data, bytes);
+}
+
+Sum* best() { return pick<Sum>(sum_portable, sum_avx2, sum_avx512); }
+#else
+Sum* best() { return sum_portable; }
+#endif
+
+}  // namespace
+}  // namespace rarefy
+
 extern "C" uint64_t rarefy_read(const void* data, int64_t bytes, int threads) {
-  constexpr int64_t kPart = 64 << 10;
+  constexpr int64_t kPart = 1 << 20;
   const uint8_t* base = static_cast<const uint8_t*>(data);
+  rarefy::Sum* const sum = rarefy::best();
   std::atomic<uint64_t> total{0};
   const int64_t parts = (bytes + kPart - 1) / kPart;
   rarefy::Pool::shared().each(threads, parts, [&](int64_t part, int) {
-    // Four streams, as a product reads four rows, so that the processor reads ahead on each.
-    uint64_t sum[32] = {};
-    const int64_t end = std::min(bytes, (part + 1) * kPart), start = part * kPart;
-    const int64_t quarter = (end - start) / 4 / 64 * 64;
-    for (int64_t at = start; at < start + quarter; at += 64) {
-      for (int stream = 0; stream < 4; ++stream) {
-        for (int k = 0; k < 8; ++k) {
-          sum[8 * stream + k] += rarefy::load<uint64_t>(base + at + stream * quarter + 8 * k);
-        }
-      }
-    }
-    for (int64_t at = start + 4 * quarter; at < end; ++at) sum[0] += base[at];
-    uint64_t whole = 0;
-    for (uint64_t one : sum) whole += one;
-    total += whole;
+    const int64_t start = part * kPart;
+    total += sum(base + start, std::min(kPart, bytes - start));
   });
   return total;
 }
