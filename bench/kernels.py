@@ -4,8 +4,8 @@
 
 At batch 1 a product reads every weight once, so reading sets its limit: what a plain loop over the
 same threads reads per second, measured in the same run. Matrices take turns, so many that no cache
-holds them all, and so do the candidates, with a few products each; medians count. At 256 vectors the limit is arithmetic, and
-what counts is the time of torch's float32 product.
+holds them all, and so do the candidates, with a few products each; medians count. At 256 vectors
+the limit is arithmetic, and what counts is the time of torch's float32 product.
 """
 
 from __future__ import annotations

@@ -264,7 +264,9 @@ def _memory(
         blocks += 16 * widest**2 + 3 * 4 * grouped
         capture = 6 * sum(e.weights for e in rest if e.weights > hidden)
         capture += 4 * hidden * (tokens + min(tokens, _CAPTURE_TOKENS))
-    if any("gradients" in stage.needs for stage in recipe.stages):
+    measured = [stage.allocator.needs for stage in recipe.stages if stage.allocator is not None]
+    gradients = any("gradients" in stage.needs for stage in recipe.stages)
+    if gradients or any("fisher" in needs for needs in measured):
         capture = max(capture, 4 * 4 * sum(sizes))
     outside = sum(e.bytes for e in rest)
     training = 0

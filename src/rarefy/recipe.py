@@ -177,12 +177,19 @@ def _stage(data: Mapping[str, Any], where: str) -> Stage:
     training = {key: options.pop(key, None) for key in ("objective", "text", "priority")}
     if role not in _WITH_SCHEMES and schemes is not None:
         raise RarefyError(f"{where}: schemes belongs to a solver or tuner stage; a {role} has none")
-    if role != "solver" and allocate is not None:
-        raise RarefyError(f"{where}: allocate belongs to a solver stage; a {role} has none")
+    if role not in _WITH_SCHEMES and allocate is not None:
+        raise RarefyError(
+            f"{where}: allocate belongs to a solver or tuner stage; a {role} has none"
+        )
     wanted = role == "solver" or schemes is not None
     if wanted and (not isinstance(schemes, dict) or not schemes):
         raise RarefyError(f"{where}: give schemes, a mapping from name patterns to formats")
     method = ROLES[role].build(name, options, where)
+    if allocate is not None and (schemes is None or isinstance(method, ModelTuner)):
+        raise RarefyError(
+            f"{where}: allocate shares out what the schemes of a block-wise stage take, and {name} "
+            "has none; leave it out"
+        )
     stray = next((key for key, value in training.items() if value is not None), None)
     if stray is not None and not isinstance(method, ModelTuner):
         raise RarefyError(f"{where}: {stray} belongs to a tuner of the whole model, not to {name}")

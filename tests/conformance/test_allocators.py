@@ -8,19 +8,28 @@ import pytest
 import torch
 
 from rarefy.allocate.alphapruning import AlphaPruning
-from rarefy.allocate.base import ALLOCATORS, Allocator, Matrix, Share
+from rarefy.allocate.base import (
+    ALLOCATORS,
+    DensityAllocator,
+    Matrix,
+    Offer,
+    Share,
+    WidthAllocator,
+)
+from rarefy.allocate.fisher import Fisher
 from rarefy.allocate.global_magnitude import GlobalMagnitude
 from rarefy.allocate.owl import OWL
 from rarefy.allocate.truncation import Truncation
 from rarefy.statistics import MomentSums
 
 # A new allocator adds its instances here.
-SAMPLES: dict[str, list[Allocator]] = {
+SAMPLES: dict[str, list[DensityAllocator]] = {
     "alphapruning": [AlphaPruning(), AlphaPruning(0.5, "mid")],
     "owl": [OWL(), OWL(3.0, 0.2)],
     "global-magnitude": [GlobalMagnitude()],
     "truncation": [Truncation(), Truncation(0.0)],
 }
+WIDTHS: dict[str, list[WidthAllocator]] = {"fisher": [Fisher(), Fisher((3, 4, 8))]}
 # Block 3 lacks a matrix, block 4 is left alone by the recipe.
 SHAPES = {"a": (24, 40), "b": (48, 24), "c": (16, 16)}
 PRESENT = ("abc", "abc", "abc", "ac", "", "abc")
@@ -48,7 +57,7 @@ def block(index: int) -> dict[str, Matrix]:
 
 
 def problem(
-    allocator: Allocator, density: float
+    allocator: DensityAllocator, density: float
 ) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, Share]]]:
     blocks = [block(i) for i in range(len(PRESENT))]
     shares = [{p: Share(*m.weight.shape, density) for p, m in b.items()} for b in blocks]
@@ -57,16 +66,18 @@ def problem(
 
 @pytest.mark.parametrize("name", [card.name for card in ALLOCATORS])
 def test_has_samples(name: str) -> None:
-    if not SAMPLES.get(name):
+    if not SAMPLES.get(name) and not WIDTHS.get(name):
         pytest.fail(
-            f"add samples for the allocator {name!r} to SAMPLES in "
+            f"add samples for the allocator {name!r} to SAMPLES or WIDTHS in "
             "tests/conformance/test_allocators.py"
         )
 
 
 @every_allocator
 @every_density
-def test_meets_the_budget_with_usable_densities(allocator: Allocator, density: float) -> None:
+def test_meets_the_budget_with_usable_densities(
+    allocator: DensityAllocator, density: float
+) -> None:
     measures, shares = problem(allocator, density)
     table = allocator.spread(measures, shares)
     assert [row.keys() for row in table] == [row.keys() for row in shares]
@@ -81,7 +92,7 @@ def test_meets_the_budget_with_usable_densities(allocator: Allocator, density: f
 
 @every_allocator
 @every_density
-def test_order_of_the_blocks_does_not_matter(allocator: Allocator, density: float) -> None:
+def test_order_of_the_blocks_does_not_matter(allocator: DensityAllocator, density: float) -> None:
     measures, shares = problem(allocator, density)
     table = allocator.spread(measures, shares)
     for order in ([5, 4, 3, 2, 1, 0], [2, 0, 5, 1, 4, 3]):
@@ -91,7 +102,7 @@ def test_order_of_the_blocks_does_not_matter(allocator: Allocator, density: floa
 
 
 @every_allocator
-def test_measuring_repeats_and_changes_nothing(allocator: Allocator) -> None:
+def test_measuring_repeats_and_changes_nothing(allocator: DensityAllocator) -> None:
     matrices = block(2)
     before = {p: m.weight.clone() for p, m in matrices.items()}
     first, second = allocator.measure(matrices), allocator.measure(matrices)
@@ -103,7 +114,7 @@ def test_measuring_repeats_and_changes_nothing(allocator: Allocator) -> None:
 
 
 @every_allocator
-def test_measures_depend_on_nothing_but_what_is_needed(allocator: Allocator) -> None:
+def test_measures_depend_on_nothing_but_what_is_needed(allocator: DensityAllocator) -> None:
     full = block(1)
     bare: dict[str, Any] = {
         p: Matrix(
@@ -115,3 +126,58 @@ def test_measures_depend_on_nothing_but_what_is_needed(allocator: Allocator) -> 
     }
     with_all, without = allocator.measure(full), allocator.measure(bare)
     assert all(torch.equal(with_all[p], without[p]) for p in full)
+
+
+every_width_allocator = pytest.mark.parametrize(
+    "allocator", [pytest.param(a, id=f"{n} {i}") for n in WIDTHS for i, a in enumerate(WIDTHS[n])]
+)
+
+
+def offers(allocator: WidthAllocator, given: int) -> dict[str, Offer]:
+    """Matrices of many sizes and sensitivities; damage falls by a factor of about 4 a bit."""
+    g = torch.Generator().manual_seed(3)
+    found = {}
+    for i in range(24):
+        weights = 1000 * (1 + i % 5)
+        sensitivity = float(torch.randn(1, generator=g).mul(1.5).exp())
+        bits = torch.tensor(allocator.bits, dtype=torch.float64)
+        damage = weights * sensitivity * 4.0**-bits * (1 + 0.2 * torch.rand(len(bits), generator=g))
+        found[f"m{i}"] = Offer(bits * weights / 8, damage, given * weights / 8)
+    return found
+
+
+def taken(allocator: WidthAllocator, of: dict[str, Offer], bits: dict[str, int]) -> list[float]:
+    """Bytes and damage in all."""
+    at = {name: allocator.bits.index(bits[name]) for name in of}
+    return [
+        sum(float(o.bytes[at[n]]) for n, o in of.items()),
+        sum(float(o.damage[at[n]]) for n, o in of.items()),
+    ]
+
+
+@every_width_allocator
+@pytest.mark.parametrize("given", [4, 5])
+def test_widths_fill_the_budget_and_never_exceed_it(allocator: WidthAllocator, given: int) -> None:
+    of = offers(allocator, given)
+    size, damage = taken(allocator, of, allocator.choose(of))
+    budget = sum(offer.given for offer in of.values())
+    assert 0.97 * budget < size <= budget
+    even = dict.fromkeys(of, max(b for b in allocator.bits if b <= given))
+    assert damage < taken(allocator, of, even)[1]
+
+
+@every_width_allocator
+def test_widths_do_not_depend_on_the_order_and_repeat(allocator: WidthAllocator) -> None:
+    of = offers(allocator, 4)
+    found = allocator.choose(of)
+    assert allocator.choose(of) == found
+    assert allocator.choose(dict(reversed(of.items()))) == found
+
+
+@every_width_allocator
+def test_more_damage_never_means_fewer_bits(allocator: WidthAllocator) -> None:
+    of = offers(allocator, 4)
+    found = allocator.choose(of)
+    for name, offer in of.items():
+        worse = of | {name: Offer(offer.bytes, 8 * offer.damage, offer.given)}
+        assert allocator.choose(worse)[name] >= found[name]

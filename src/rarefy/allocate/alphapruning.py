@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rarefy.allocate.base import ALLOCATORS, Allocator, Matrix, Share
+from rarefy.allocate.base import ALLOCATORS, DensityAllocator, Matrix, Share
 from rarefy.allocate.budget import LEAST, block_sizes, budget_of, by_block, meet
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ _NOTHING = 1e-10  # of the largest eigenvalue: rounding of the decomposition
     arxiv="2410.10912",
 )
 @dataclass(frozen=True)
-class AlphaPruning(Allocator):
+class AlphaPruning(DensityAllocator):
     """Sparsity by the tail of the weights' spectrum; needs no data.
 
     Attributes:

@@ -1,8 +1,10 @@
-"""The allocator role: which layer may keep how much, when the whole must keep a given share.
+"""The allocator role: which matrix may take how much, when the whole has a given budget.
 
-An allocator looks at one block at a time (``measure``) and then shares the budget out (``spread``).
-The budget is the number of weights that the recipe's formats would keep at their uniform density;
-the conformance suite checks for every registered allocator that it is met.
+Density allocators look at one block at a time (``measure``) and then share the budget out
+(``spread``): the number of weights that the recipe's formats would keep at their uniform density.
+Width allocators learn what rounding each matrix to each number of bits does to the model's output,
+and share out the bytes that the recipe's formats would take. The conformance suite checks for every
+registered allocator that its budget is met.
 """
 
 from __future__ import annotations
@@ -54,14 +56,18 @@ class Share:
         return self.rows * self.columns
 
 
-class Allocator(ABC):
+class Allocator(ABC):  # noqa: B024  (its two kinds have nothing to call in common)
     """Shares a budget out; subclasses are frozen dataclasses.
 
     Attributes:
-        needs: which of "gram" and "moments" the matrices must carry; none means no data.
+        needs: statistics that it reads; none means no data.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+
+
+class DensityAllocator(Allocator):
+    """Shares out how many weights are kept; ``needs`` is of "gram" and "moments"."""
 
     @abstractmethod
     def measure(self, block: Mapping[str, Matrix]) -> dict[str, torch.Tensor]:
@@ -79,8 +85,38 @@ class Allocator(ABC):
         """
 
 
-ALLOCATORS: Registry[Allocator] = Registry(
-    "allocator",
-    Allocator,  # type: ignore[type-abstract]
-    "rarefy.allocate",
-)
+@dataclass(frozen=True)
+class Offer:
+    """What one matrix may be stored in.
+
+    Attributes:
+        bytes: that it takes at each width, rising, float64 [k].
+        damage: expected divergence of the model's output, in nats a token, at each, float64 [k].
+        given: bytes that it takes in the recipe's format.
+    """
+
+    bytes: torch.Tensor
+    damage: torch.Tensor
+    given: float
+
+
+class WidthAllocator(Allocator):
+    """Shares bytes out, by the number of bits of each matrix; ``needs`` is {"fisher"}.
+
+    Attributes:
+        bits: widths to choose from, rising.
+        length: tokens of the pieces of calibration rows that are read.
+        pieces: how many of them at most.
+    """
+
+    bits: tuple[int, ...]
+    length: int
+    pieces: int
+    needs: ClassVar[frozenset[str]] = frozenset({"fisher"})
+
+    @abstractmethod
+    def choose(self, offers: Mapping[str, Offer]) -> dict[str, int]:
+        """Number of bits of every matrix, by name; together they take no more than was given."""
+
+
+ALLOCATORS: Registry[Allocator] = Registry("allocator", Allocator, "rarefy.allocate")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rarefy.allocate.base import ALLOCATORS, Allocator, Matrix, Share
+from rarefy.allocate.base import ALLOCATORS, DensityAllocator, Matrix, Share
 from rarefy.allocate.budget import budget_of, meet
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _BINS = 1 << (31 - _DROPPED)
     arxiv="1506.02626",
 )
 @dataclass(frozen=True)
-class GlobalMagnitude(Allocator):
+class GlobalMagnitude(DensityAllocator):
     """Densities of one magnitude threshold over all matrices; needs no data."""
 
     def measure(self, block: Mapping[str, Matrix]) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from rarefy.allocate.base import ALLOCATORS, Allocator, Matrix, Share
+from rarefy.allocate.base import ALLOCATORS, DensityAllocator, Matrix, Share
 from rarefy.allocate.budget import block_sizes, budget_of, by_block, meet
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     arxiv="2310.05175",
 )
 @dataclass(frozen=True)
-class OWL(Allocator):
+class OWL(DensityAllocator):
     """Density by the share of outliers.
 
     Attributes:

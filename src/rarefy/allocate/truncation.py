@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from rarefy.allocate.base import ALLOCATORS, Allocator, Matrix, Share
+from rarefy.allocate.base import ALLOCATORS, DensityAllocator, Matrix, Share
 from rarefy.allocate.budget import budget_of
 from rarefy.errors import RarefyError
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     arxiv="2503.12340",
 )
 @dataclass(frozen=True)
-class Truncation(Allocator):
+class Truncation(DensityAllocator):
     """Ranks by truncation loss per parameter.
 
     Attributes:

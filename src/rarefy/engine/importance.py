@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from rarefy.engine.capture import capture_all
 from rarefy.engine.observe import observe
@@ -109,3 +110,34 @@ def gradients(skeleton: Skeleton, paths: Sequence[str], ids: torch.Tensor) -> Gr
                 total.add_(g, alpha=1 / len(ids))
                 squares.addcmul_(g, g, value=1 / len(ids))
     return dict(zip(names, zip(first, second, strict=True), strict=True))
+
+
+def fisher(skeleton: Skeleton, names: Sequence[str], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Diagonal of the Fisher information of matrices, the mean over tokens.
+
+    One backward pass for every row: scores of different tokens are independent, so that the square
+    of their sum is on average the sum of their squares.
+
+    Args:
+        skeleton: the model. names: full paths of the matrices. ids: token rows [N, L].
+
+    Returns:
+        Full path -> mean squared gradient of log p(y) by each weight, [out, in], where y is drawn
+        from the model's own distribution after each token.
+    """
+    generator = torch.Generator(skeleton.device).manual_seed(0)
+    with whole(skeleton):
+        modules = [skeleton.model.get_submodule(name) for name in names]
+        weights = [module.weight.requires_grad_() for module in modules]
+        sums = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
+        for row in torch.split(ids.to(skeleton.device), 1):
+            logits = skeleton.model(input_ids=row, use_cache=False).logits.flatten(0, 1).float()
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+            score = -cross_entropy(logits, drawn.squeeze(-1), reduction="sum")
+            for total, g in zip(sums, torch.autograd.grad(score, weights), strict=True):
+                total.addcmul_(g, g, value=1 / ids.numel())
+        found = [
+            total.T if is_transposed(module) else total
+            for total, module in zip(sums, modules, strict=True)
+        ]
+    return dict(zip(names, found, strict=True))

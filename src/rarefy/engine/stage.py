@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rarefy.allocate.base import ALLOCATORS
+from rarefy.allocate.base import ALLOCATORS, WidthAllocator
 from rarefy.engine.allocation import allocate
 from rarefy.engine.capture import capture_all, complete_map
 from rarefy.engine.close import account, close, history, write_config
@@ -123,7 +123,9 @@ def _allocation(run: StageRun) -> dict[str, Any]:
     return {
         "allocator": ALLOCATORS.name_of(allocator),
         "allocator_options": dataclasses.asdict(allocator),  # type: ignore[call-overload]
-        "density": run.writer.notes("allocation"),
+        "bits" if isinstance(allocator, WidthAllocator) else "density": run.writer.notes(
+            "allocation"
+        ),
     }
 
 

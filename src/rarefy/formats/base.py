@@ -188,6 +188,14 @@ class Format(ABC):
         """
         raise RarefyError(f"{self.label()} has no budget that could differ from layer to layer")
 
+    def with_bits(self, bits: int) -> Self:
+        """The format at another width, for allocators.
+
+        Raises:
+            RarefyError: the format has no width that could be another.
+        """
+        raise RarefyError(f"{self.label()} has no bits that could differ from matrix to matrix")
+
     def carrying(self, values: Format) -> Format | None:
         """The set that keeps this one's structure and takes the other's values.
 

@@ -235,6 +235,10 @@ class Int(ElementFormat):
             f"at most {columns}, or null for one group a row"
         )
 
+    def with_bits(self, bits: int) -> Self:
+        """See :meth:`Format.with_bits`."""
+        return replace(self, bits=bits)
+
     def fit(
         self,
         weight: torch.Tensor,
