@@ -185,7 +185,9 @@ def token_bytes(model: PreTrainedModel, context: int) -> int:
         return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
 
     embedding, head = of(model.get_input_embeddings()), of(model.get_output_embeddings())
-    looked_up = sum(size for place, size in embedding.items() if place not in head)
+    # A head without tensors of its own multiplies by the embedding's.
+    shared = set(head) or set(embedding)
+    looked_up = sum(size for place, size in embedding.items() if place not in shared)
     held = sum(of(model).values()) - looked_up
     layers = int(model.config.get_text_config().num_hidden_layers)
     return held + context * layers * 2 * dims_of(model.config).width("kv") * 4
