@@ -211,13 +211,13 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, folder: Path) -> torch.Te
 
 
 def _speeds(folders: list[Path], tell: Progress) -> list[Speed | None]:
-    """Measure the folders alternately and join each one's rounds."""
+    """Measure the folders alternately, as ``rarefy chat`` runs them; join each one's rounds."""
     total = _ROUNDS * len(folders)
     rounds: list[list[Speed]] = [[] for _ in folders]
     for at in range(total):
         tell("speed", at, total)
         which = at % len(folders)
-        rounds[which].append(measure(folders[which]))
+        rounds[which].append(measure(folders[which], engine="native"))
     tell("speed", total, total)
     return [merge(one) for one in rounds]
 
