@@ -71,6 +71,11 @@ void check(const rarefy_matrix& m, int64_t vectors, int threads) {
   status |= rarefy_matvec(&m, x.get(), y.get(), vectors, threads);
   const double found = difference(m, weights.get(), x.get(), y.get(), vectors);
   expect(status == 0 && found < 1e-5, "product", m, vectors, status ? status : found);
+  status = rarefy_matmul(&m, x.get(), y.get(), vectors, threads);
+  const double many = difference(m, weights.get(), x.get(), y.get(), vectors);
+  const bool refused = status == RAREFY_UNSUPPORTED && rarefy_instructions()[0] == 'p';
+  expect(refused || (status == 0 && many < 1e-5), "product of many", m, vectors,
+         status ? status : many);
   if (m.kind != RAREFY_INT) return;
   status = rarefy_matvec_int8(&m, x.get(), nullptr, y.get(), vectors, threads);
   const double rounded = difference(m, weights.get(), x.get(), y.get(), vectors);
@@ -126,6 +131,9 @@ int main() {
     for (int64_t columns : {1, 7, 8, 15, 16, 17, 100}) {
       for (int64_t vectors : {1, 3, 4, 6}) check_dense(kind, 1 + dice() % 13, columns, vectors);
     }
+  }
+  for (int64_t columns : {255, 256, 600}) {  // more than one block of columns and of vectors
+    for (int64_t vectors : {31, 70, 530}) check_dense(RAREFY_F32, 61, columns, vectors);
   }
   // Callers at the same time, each with threads of its own wish.
   std::thread beside([] {

@@ -9,7 +9,7 @@ import torch
 
 from rarefy.kernels import library
 from rarefy.kernels.library import check
-from rarefy.kernels.strips import by_strips
+from rarefy.kernels.many import multiply_many
 
 if TYPE_CHECKING:
     from rarefy.kernels.library import Matrix
@@ -33,7 +33,7 @@ def multiply(matrix: Matrix, x: torch.Tensor, few: int = 8) -> torch.Tensor:
     vectors = x.detach().reshape(-1, matrix.columns).float().contiguous()
     if len(vectors) > few:
         y = torch.empty(len(vectors), matrix.rows)
-        by_strips(matrix, vectors, y)
+        multiply_many(matrix, vectors, y)
     else:
         y = torch.empty(len(vectors), matrix.rows)
         arguments = (vectors.data_ptr(), y.data_ptr(), len(vectors), torch.get_num_threads())

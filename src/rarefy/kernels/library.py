@@ -47,6 +47,7 @@ _I64, _INT, _AT = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 _MATRIX = ctypes.POINTER(Matrix)
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rarefy_matvec": (_INT, (_MATRIX, _AT, _AT, _I64, _INT)),
+    "rarefy_matmul": (_INT, (_MATRIX, _AT, _AT, _I64, _INT)),
     "rarefy_matvec_int8": (_INT, (_MATRIX, _AT, _AT, _AT, _I64, _INT)),
     "rarefy_decode": (_INT, (_MATRIX, _I64, _I64, _AT, _INT)),
     "rarefy_decode_rows": (_INT, (_MATRIX, _AT, _I64, _AT, _INT)),
@@ -93,6 +94,9 @@ def torch_threads() -> int | None:
         if function is not None:
             return ctypes.cast(function, ctypes.c_void_p).value
     return None
+
+
+UNSUPPORTED = 1
 
 
 def check(status: int) -> None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from rarefy.kernels import library, reference
-from rarefy.kernels.strips import by_strips
+from rarefy.kernels.many import multiply_many
 
 # Up to this many vectors the kernel reads codes again for every eight of them; beyond, decoding a
 # strip of rows and multiplying by it in torch is faster.
@@ -112,7 +112,7 @@ def cpu_int_linear(
     matrix = describe(codes, scales, zeros, bits, group, columns)
     y = x.new_empty((*x.shape[:-1], rows))
     if flat.shape[0] > FEW:
-        by_strips(matrix, flat, y.view(-1, rows))
+        multiply_many(matrix, flat, y.view(-1, rows))
         return y
     threads, call = torch.get_num_threads(), library.library().rarefy_matvec
     library.check(call(matrix, flat.data_ptr(), y.data_ptr(), flat.shape[0], threads))

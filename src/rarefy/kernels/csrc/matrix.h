@@ -54,6 +54,10 @@ struct rarefy_matrix {
 int rarefy_matvec(const rarefy_matrix* matrix, const float* x, float* y, int64_t vectors,
                   int threads);
 
+// The same for many vectors: rows are decoded once for all of them.
+int rarefy_matmul(const rarefy_matrix* matrix, const float* x, float* y, int64_t vectors,
+                  int threads);
+
 // The same with every vector rounded to int8 codes first, integer accumulators (RAREFY_INT only):
 //   y = s_x s_g sum (code - zero) round(x / s_x),  s_x = max|x| / 127 of each vector,
 // or the given scale where `input_scale` is not null (one number for all vectors).

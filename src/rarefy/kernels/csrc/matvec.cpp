@@ -2,6 +2,7 @@
 
 #include <new>
 
+#include "blocked.h"
 #include "dense.h"
 #include "integer.h"
 #include "integer8.h"
@@ -86,6 +87,13 @@ extern "C" int rarefy_matvec(const rarefy_matrix* matrix, const float* x, float*
                              int64_t vectors, int threads) {
   return guarded(matrix, [&](const rarefy_matrix& m, Pool& pool) {
     return rarefy::matvec(m, x, y, vectors, pool, threads);
+  });
+}
+
+extern "C" int rarefy_matmul(const rarefy_matrix* matrix, const float* x, float* y,
+                             int64_t vectors, int threads) {
+  return guarded(matrix, [&](const rarefy_matrix& m, Pool& pool) {
+    return rarefy::matmul(m, x, y, vectors, pool, threads);
   });
 }
 
