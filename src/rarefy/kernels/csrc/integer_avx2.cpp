@@ -164,6 +164,41 @@ struct Nibbles : Narrow {
   }
 };
 
+// See the same in integer_avx512.cpp; eight codes at a time.
+template <int Bits>
+struct Windows : Narrow {
+  struct Group {
+    __m256 scale, shift, rounder;
+  };
+  static constexpr int unit = 16, vectors = 2, bytes = 2 * Bits, reach = Bits + 8;
+  static constexpr int rows(int together) { return together <= 2 ? 2 : 1; }
+
+  static Group group(const Affine& row, int64_t g) {
+    return {_mm256_broadcast_ss(row.scale + g), _mm256_broadcast_ss(row.shift + g),
+            _mm256_broadcast_ss(&row.rounder)};
+  }
+
+  static constexpr int pair(int lane) {
+    const int k = lane * Bits / 8;
+    return static_cast<int>(0x80800000u) | (k + 1) << 8 | k;
+  }
+  static constexpr int skip(int lane) { return lane * Bits % 8; }
+
+  static void weights(const uint8_t* codes, const Group& group, V* out) {
+    const __m256i octets = _mm256_set_epi32(pair(7), pair(6), pair(5), pair(4), pair(3), pair(2),
+                                            pair(1), pair(0));
+    const __m256i shift = _mm256_set_epi32(skip(7), skip(6), skip(5), skip(4), skip(3), skip(2),
+                                           skip(1), skip(0));
+    for (int v = 0; v < 2; ++v) {
+      const __m256i eight = _mm256_set1_epi64x(rarefy::load<int64_t>(codes + v * Bits));
+      const __m256i word = _mm256_srlv_epi32(_mm256_shuffle_epi8(eight, octets), shift);
+      const __m256 code =
+          _mm256_cvtepi32_ps(_mm256_and_si256(word, _mm256_set1_epi32((1 << Bits) - 1)));
+      out[v] = rounded(_mm256_fmadd_ps(code, group.scale, group.shift), group.rounder);
+    }
+  }
+};
+
 struct Bytes : Narrow {
   struct Group {
     __m256 scale, shift, rounder;
@@ -212,6 +247,12 @@ void product(const IntProduct& p, int64_t row0, int64_t row1, float* scratch) {
       if (!by_bytes(m)) return product_of<Halves>(p, row0, row1, scratch);
       if (m.scale_type == RAREFY_SCALE_F16) return product_of<Nibbles<true>>(p, row0, row1, scratch);
       return product_of<Nibbles<false>>(p, row0, row1, scratch);
+    case 5:
+      return product_of<Windows<5>>(p, row0, row1, scratch);
+    case 6:
+      return product_of<Windows<6>>(p, row0, row1, scratch);
+    case 7:
+      return product_of<Windows<7>>(p, row0, row1, scratch);
     case 8:
       return product_of<Bytes>(p, row0, row1, scratch);
     default:
@@ -227,6 +268,12 @@ void decode(const rarefy_matrix& m, int64_t row0, int64_t row1, float* out, floa
       return decode_rows<Table<3>>(m, row0, row1, out, scratch);
     case 4:
       return decode_rows<Halves>(m, row0, row1, out, scratch);
+    case 5:
+      return decode_rows<Windows<5>>(m, row0, row1, out, scratch);
+    case 6:
+      return decode_rows<Windows<6>>(m, row0, row1, out, scratch);
+    case 7:
+      return decode_rows<Windows<7>>(m, row0, row1, out, scratch);
     case 8:
       return decode_rows<Bytes>(m, row0, row1, out, scratch);
     default:

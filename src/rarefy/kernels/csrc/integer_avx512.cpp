@@ -114,6 +114,63 @@ struct Table : Wide {
   }
 };
 
+// Codes of 5, 6 and 7 bits: each lane takes the two bytes in which its bits lie.
+template <int Bits>
+struct Windows : Wide {
+  struct Group {
+    __m512 scale, shift, rounder;
+  };
+  static constexpr int unit = 16, vectors = 1, bytes = 2 * Bits, reach = 16;
+
+  static Group group(const Affine& row, int64_t g) {
+    return {_mm512_set1_ps(row.scale[g]), _mm512_set1_ps(row.shift[g]),
+            _mm512_set1_ps(row.rounder)};
+  }
+
+  static constexpr int pair(int lane) {
+    const int k = lane * Bits / 8;
+    return static_cast<int>(0x80800000u) | (k + 1) << 8 | k;
+  }
+  static constexpr int skip(int lane) { return lane * Bits % 8; }
+
+  static __m512i words(const uint8_t* codes) {
+    const __m512i both = _mm512_broadcast_i32x4(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m512i octets = _mm512_set_epi32(
+        pair(15), pair(14), pair(13), pair(12), pair(11), pair(10), pair(9), pair(8), pair(7),
+        pair(6), pair(5), pair(4), pair(3), pair(2), pair(1), pair(0));
+    const __m512i shift = _mm512_set_epi32(
+        skip(15), skip(14), skip(13), skip(12), skip(11), skip(10), skip(9), skip(8), skip(7),
+        skip(6), skip(5), skip(4), skip(3), skip(2), skip(1), skip(0));
+    return _mm512_srlv_epi32(_mm512_shuffle_epi8(both, octets), shift);
+  }
+
+  static void weights(const uint8_t* codes, const Group& group, V* out) {
+    const __m512i last = _mm512_set1_epi32((1 << Bits) - 1);
+    const __m512 code = _mm512_cvtepi32_ps(_mm512_and_si512(words(codes), last));
+    out[0] = rounded(_mm512_fmadd_ps(code, group.scale, group.shift), group.rounder);
+  }
+};
+
+// The 32 values of a group in two registers, between which the fifth bit chooses.
+struct Twice : Windows<5> {
+  struct Group {
+    __m512 low, high;
+  };
+
+  static Group group(const Affine& row, int64_t g) {
+    const __m512 lane = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 scale = _mm512_set1_ps(row.scale[g]), shift = _mm512_set1_ps(row.shift[g]);
+    const __m512 upper = _mm512_add_ps(lane, _mm512_set1_ps(16)), by = _mm512_set1_ps(row.rounder);
+    return {rounded(_mm512_fmadd_ps(lane, scale, shift), by),
+            rounded(_mm512_fmadd_ps(upper, scale, shift), by)};
+  }
+
+  static void weights(const uint8_t* codes, const Group& group, V* out) {
+    out[0] = _mm512_permutex2var_ps(group.low, words(codes), group.high);
+  }
+};
+
 struct Bytes : Wide {
   struct Group {
     __m512 scale, shift, rounder;
@@ -150,6 +207,12 @@ void product(const IntProduct& p, int64_t row0, int64_t row1, float* scratch) {
       return product_of<Table<3>>(p, row0, row1, scratch);
     case 4:
       return product_of<Table<4>>(p, row0, row1, scratch);
+    case 5:
+      return product_of<Twice>(p, row0, row1, scratch);
+    case 6:
+      return product_of<Windows<6>>(p, row0, row1, scratch);
+    case 7:
+      return product_of<Windows<7>>(p, row0, row1, scratch);
     case 8:
       return product_of<Bytes>(p, row0, row1, scratch);
     default:
@@ -166,6 +229,12 @@ void decode(const rarefy_matrix& m, int64_t row0, int64_t row1, float* out, floa
       return decode_rows<Table<3>>(m, row0, row1, out, scratch);
     case 4:
       return decode_rows<Table<4>>(m, row0, row1, out, scratch);
+    case 5:
+      return decode_rows<Twice>(m, row0, row1, out, scratch);
+    case 6:
+      return decode_rows<Windows<6>>(m, row0, row1, out, scratch);
+    case 7:
+      return decode_rows<Windows<7>>(m, row0, row1, out, scratch);
     case 8:
       return decode_rows<Bytes>(m, row0, row1, out, scratch);
     default:
