@@ -108,4 +108,7 @@ def test_the_folder_holds_what_is_left_and_opens_to_the_same_model(
     stored = sum(file.stat().st_size for file in out.path.glob("*.safetensors"))
     formula = prunable * (16 * density + 1) / 16 + rest
     assert formula < stored <= 1.01 * formula
-    assert torch.equal(reloaded_logits(out.path), decoded_logits("llama", out.path, **WIDE))
+    # The kernel for many vectors does not add up in the order of BLAS.
+    torch.testing.assert_close(
+        reloaded_logits(out.path), decoded_logits("llama", out.path, **WIDE), rtol=1e-5, atol=1e-4
+    )
