@@ -21,7 +21,7 @@ const DenseKernels& kernels() {
 
 int64_t rows_at_once(const rarefy_matrix& m, int64_t rows, int threads) {
   const int64_t width = m.kind == RAREFY_F32 ? 4 : 2;
-  const int64_t large = (64 << 10) / std::max<int64_t>(1, m.columns * width);
+  const int64_t large = (1 << 20) / std::max<int64_t>(1, m.columns * width);
   const int64_t fair = ceil_div(rows, 4 * std::max(1, threads));
   return round_up(std::max<int64_t>(1, std::min(large, fair)), 4);
 }

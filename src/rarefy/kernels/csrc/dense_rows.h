@@ -8,8 +8,11 @@
 namespace rarefy {
 namespace {
 
+constexpr int64_t kDenseAhead = 512;  // bytes; see kAhead in rows.h
+
+// Rows row0, row0 + apart, ... of the product.
 template <class W, int R, int T>
-void dense_rows(const rarefy_matrix& m, const float* x, float* y, int64_t row0) {
+void dense_rows(const rarefy_matrix& m, const float* x, float* y, int64_t row0, int64_t apart) {
   using V = typename W::V;
   const int64_t n = m.columns, whole = n / W::lanes * W::lanes;
   const typename W::Element* weight = static_cast<const typename W::Element*>(m.codes) + row0 * n;
@@ -25,7 +28,9 @@ void dense_rows(const rarefy_matrix& m, const float* x, float* y, int64_t row0) 
     for (int t = 0; t < T; ++t) part[t] = W::floats(x + t * n + j, count);
     RAREFY_UNROLL
     for (int r = 0; r < R; ++r) {
-      const V w = W::weights(weight + r * n + j, count);
+      const typename W::Element* at = weight + r * apart * n + j;
+      ahead(reinterpret_cast<const uint8_t*>(at) + kDenseAhead);
+      const V w = W::weights(at, count);
       RAREFY_UNROLL
       for (int t = 0; t < T; ++t) sum[r][t] = W::fma(w, part[t], sum[r][t]);
     }
@@ -33,14 +38,15 @@ void dense_rows(const rarefy_matrix& m, const float* x, float* y, int64_t row0) 
   for (int64_t j = 0; j < whole; j += W::lanes) step(j, W::lanes);
   if (whole < n) step(whole, n - whole);
   for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) y[t * m.rows + row0 + r] = W::horizontal(sum[r][t]);
+    for (int t = 0; t < T; ++t) y[t * m.rows + row0 + r * apart] = W::horizontal(sum[r][t]);
   }
 }
 
 template <class W, int R, int T>
 void dense_part(const rarefy_matrix& m, const float* x, float* y, int64_t row0, int64_t row1) {
-  for (; row0 + R <= row1; row0 += R) dense_rows<W, R, T>(m, x, y, row0);
-  for (; row0 < row1; ++row0) dense_rows<W, 1, T>(m, x, y, row0);
+  const int64_t apart = (row1 - row0) / R;
+  for (int64_t i = 0; i < apart; ++i) dense_rows<W, R, T>(m, x, y, row0 + i, apart);
+  for (row0 += R * apart; row0 < row1; ++row0) dense_rows<W, 1, T>(m, x, y, row0, 1);
 }
 
 template <class W>
