@@ -3,7 +3,7 @@
     python bench/kernels.py [--threads 2] [--rounds 9] [--out FILE.json]
 
 At batch 1 a product reads every weight once, so reading sets its limit: what a plain loop over the
-same threads reads per second, measured in the same run. Matrices take turns, so many that no cache
+same threads, or torch's float32 product, reads per second in the same run, whichever is more. Matrices take turns, so many that no cache
 holds them all, and so do the candidates, with a few products each; medians count. At 256 vectors
 the limit is arithmetic, and what counts is the time of torch's float32 product.
 """
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SHAPES = ((4096, 4096), (11008, 4096))
 TOKENS = 256
+FLOATS = "torch fp32"
 SHARES = {"int4 g128": 0.6, "int4 g64": 0.6, "int8 row": 0.7}
 SLACK = 1.05  # of a ratio of two medians
 NEAR = 1e-5
@@ -121,7 +122,9 @@ def decode_speed(rows: int, columns: int, rounds: int) -> dict[str, Any]:
     candidates = [reading, *ours(rows, columns), *torchs(rows, columns)]
     errors = {one.name: error(one, x) for one in candidates}
     take_turns(candidates, x, rounds)
-    rate = reading.bytes / reading.median
+    # The limit is what the fastest reader of this run reached.
+    readers = [reading, *(one for one in candidates if one.name == FLOATS)]
+    rate = max(one.bytes / one.median for one in readers)
     table = [
         {
             "name": one.name,
@@ -267,7 +270,7 @@ def torchs(rows: int, columns: int) -> list[Candidate]:
     weight, octets = torch.randn(rows, columns), torch.randint(-128, 128, (rows, columns))
     codes = torch.randint(16, (rows, columns), dtype=torch.int32)
     nibbles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    found = [Candidate("torch fp32", weight.nbytes, filled(weight), lambda w, x: F.linear(x, *w))]
+    found = [Candidate(FLOATS, weight.nbytes, filled(weight), lambda w, x: F.linear(x, *w))]
 
     def four(stored: tuple[Tensor, ...], x: Tensor) -> Tensor:
         packed, affine = stored
@@ -297,7 +300,7 @@ def filled(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 def prefill(rows: int, columns: int, rounds: int) -> list[dict[str, Any]]:
     """Times for many vectors, over that of float32."""
     x, weight = torch.randn(TOKENS, columns), torch.randn(rows, columns)
-    candidates = [Candidate("torch fp32", weight.nbytes, [weight], lambda w, x: F.linear(x, w))]
+    candidates = [Candidate(FLOATS, weight.nbytes, [weight], lambda w, x: F.linear(x, w))]
     for name, fmt in {"int4 g64": Int(4, 64), "int8 row": Int(8, symmetric=True)}.items():
         stored = several(fmt, rows, columns)[:1]
         candidates.append(Candidate(name, size(stored), stored, by_floats(fmt)))
