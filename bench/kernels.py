@@ -3,9 +3,10 @@
     python bench/kernels.py [--threads 2] [--rounds 9] [--out FILE.json]
 
 At batch 1 a product reads every weight once, so reading sets its limit: what a plain loop over the
-same threads, or torch's float32 product, reads per second in the same run, whichever is more. Matrices take turns, so many that no cache
-holds them all, and so do the candidates, with a few products each; medians count. At 256 vectors
-the limit is arithmetic, and what counts is the time of torch's float32 product.
+same threads, or torch's float32 product, reads per second in the same run, whichever is more.
+Matrices take turns, so many that no cache holds them all, and so do the candidates, with a few
+products each; medians count. At 256 vectors the limit is arithmetic, and what counts is the time of
+torch's float32 product.
 """
 
 from __future__ import annotations
