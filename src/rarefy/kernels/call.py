@@ -31,21 +31,18 @@ def multiply(matrix: Matrix, x: torch.Tensor, few: int = 8) -> torch.Tensor:
             matrix are decoded and multiplied by BLAS.
     """
     vectors = x.detach().reshape(-1, matrix.columns).float().contiguous()
+    y = torch.empty(len(vectors), matrix.rows)
     if len(vectors) > few:
-        y = torch.empty(len(vectors), matrix.rows)
         multiply_many(matrix, vectors, y)
     else:
-        y = torch.empty(len(vectors), matrix.rows)
         arguments = (vectors.data_ptr(), y.data_ptr(), len(vectors), torch.get_num_threads())
         check(library.library().rarefy_matvec(ctypes.byref(matrix), *arguments))
     return y.reshape(*x.shape[:-1], matrix.rows).to(x.dtype)
 
 
-def decode(matrix: Matrix, row0: int, row1: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows ``row0 .. row1`` of a described matrix, float32 [row1 - row0, n], into ``out``."""
-    found = torch.empty(row1 - row0, matrix.columns) if out is None else out[: row1 - row0]
-    threads = torch.get_num_threads()
-    check(
-        library.library().rarefy_decode(ctypes.byref(matrix), row0, row1, found.data_ptr(), threads)
-    )
+def decode(matrix: Matrix, row0: int, row1: int) -> torch.Tensor:
+    """Rows ``row0 .. row1`` of a described matrix, float32 [row1 - row0, n]."""
+    found, threads = torch.empty(row1 - row0, matrix.columns), torch.get_num_threads()
+    call = library.library().rarefy_decode
+    check(call(ctypes.byref(matrix), row0, row1, found.data_ptr(), threads))
     return found

@@ -102,8 +102,11 @@ UNSUPPORTED = 1
 def check(status: int) -> None:
     """Raise what a status of the library means."""
     if status:
-        problem = {1: "has no kernel for this matrix", 2: "was given a row that is not there",
-                   3: "has no memory left"}.get(status, f"failed with status {status}")  # fmt: skip
+        problem = {
+            UNSUPPORTED: "has no kernel for this matrix",
+            2: "was given a row that is not there",
+            3: "has no memory left",
+        }.get(status, f"failed with status {status}")
         raise RarefyError(f"the compiled library {problem}; RAREFY_KERNELS=off avoids it")
 
 
