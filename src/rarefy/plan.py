@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from rarefy.allocate.base import WidthAllocator
 from rarefy.checkpoint.load import default_device
 from rarefy.checkpoint.reader import Checkpoint
 from rarefy.checkpoint.resolve import resolve
@@ -176,6 +177,11 @@ def plan(
             continue
         chosen = select(skeleton, stage)
         notes |= dict.fromkeys(chosen.notes)
+        if isinstance(stage.allocator, WidthAllocator):
+            notes[
+                "every matrix's bits are chosen when weights are read: the bytes here are the most "
+                "that will be taken, formats and container may be others"
+            ] = None
         kept |= chosen.kept
         # The next stage must find what this one would have left behind.
         skeleton.earlier = all_formats(skeleton, chosen)
