@@ -19,8 +19,9 @@ from rarefy.checkpoint.resolve import resolve
 from rarefy.errors import RarefyError
 from rarefy.kernels import library
 from rarefy.runtime.decoder import Decoder, PlainLoop, open_loop
+from rarefy.runtime.outline import FAMILIES as OUTLINED
 from rarefy.runtime.sampling import Sampling, nucleus
-from rarefy.runtime.stored import stored_model
+from rarefy.runtime.stored import stored_model, stored_outline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +48,7 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+BUILDERS = (stored_model, stored_outline)
 
 
 def compressed(dense: Path, which: str, out: Path) -> Path:
@@ -123,9 +125,10 @@ def test_compressed_models_give_the_logits_of_their_decoded_matrices(
     folder = compressed(dense, which, tmp_path / "small")
     want = expected(load_model(folder))
     assert not torch.allclose(want, expected(load_model(dense)), rtol=1e-3)
-    model = stored_model(folder)
-    assert error(Decoder(model), want) < CLOSE
-    assert {p.dtype for p in model.parameters()} <= {torch.bfloat16, torch.float32}
+    for build in BUILDERS if family in OUTLINED else (stored_model,):
+        model = build(folder)
+        assert error(Decoder(model), want) < CLOSE
+        assert {p.dtype for p in model.parameters()} <= {torch.bfloat16, torch.float32}
 
 
 @native
@@ -141,10 +144,11 @@ def test_blocks_of_different_width(family: str, tmp_path: Path) -> None:
     folder = rarefy.compress(
         dense, recipe, tmp_path / "cut", calibration=rarefy.Calibration(str(text), 4, 32)
     ).path
-    model = stored_model(folder)
-    widths = {block.mlp.down_proj.weight.shape[1] for block in model.model.layers}
-    assert len(widths) > 1
-    assert error(Decoder(model), expected(load_model(folder))) < CLOSE
+    for build in BUILDERS if family in OUTLINED else (stored_model,):
+        model = build(folder)
+        widths = {block.mlp.down_proj.weight.shape[1] for block in model.model.layers}
+        assert len(widths) > 1
+        assert error(Decoder(model), expected(load_model(folder))) < CLOSE
 
 
 @native

@@ -6,11 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from rarefy.checkpoint.state import read_state
@@ -37,6 +33,9 @@ def causal_config(checkpoint: Checkpoint) -> Any:
     Raises:
         RarefyError: transformers has no causal language model of this type.
     """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     kind = checkpoint.config.get("model_type", "?")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise RarefyError(
@@ -44,6 +43,19 @@ def causal_config(checkpoint: Checkpoint) -> Any:
             "give a decoder language model, or install a newer transformers"
         )
     return AutoConfig.from_pretrained(checkpoint.path)
+
+
+def empty_model(checkpoint: Checkpoint, config: dict[str, Any] | None = None) -> Any:
+    """The transformers model of a checkpoint without weights; see :class:`Skeleton`."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    # Unwritten pages of parameters on their way to the meta device take no memory.
+    known = causal_config(checkpoint)
+    built = known if config is None else type(known).from_dict(config)
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(built, dtype=torch.float32)
 
 
 class Skeleton:
@@ -54,9 +66,10 @@ class Skeleton:
         device: where modules live while they are loaded.
         factored: open factorized matrices into two linears; otherwise they are read as one.
         config: in place of the checkpoint's own, to look at a model of other sizes.
+        model: a module tree without weights, in place of transformers'.
 
     Attributes:
-        model: the transformers module tree.
+        model: the module tree.
         map: the model map, expanded over experts.
         blocks: the decoder blocks.
         earlier: module-side name -> format of matrices that earlier stages compressed.
@@ -75,16 +88,13 @@ class Skeleton:
         *,
         factored: bool = True,
         config: dict[str, Any] | None = None,
+        model: Any = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.state = read_state(checkpoint.path)
         self.earlier = self.state.formats
-        # Unwritten pages of parameters on their way to the meta device take no memory.
-        known = causal_config(checkpoint)
-        built = known if config is None else type(known).from_dict(config)
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
+        self.model: Any = empty_model(checkpoint, config) if model is None else model
         self.model.eval()
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -267,6 +277,20 @@ class Skeleton:
             )
         return tensor
 
+    def read_as(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """The same, of the shape that the module has.
+
+        Raises:
+            RarefyError: its shape is another one.
+        """
+        tensor = self.read(name)
+        if tensor.shape != shape:
+            raise RarefyError(
+                f"{name} has shape {tuple(tensor.shape)} where the config asks for "
+                f"{tuple(shape)}; config.json and weights do not belong together"
+            )
+        return tensor
+
     def packed(self, module: str) -> Packed:
         """The stored tensors of a matrix that an earlier stage compressed, by suffix."""
         suffixes = [*self.earlier[module].layout(*self.shape(module))]
@@ -322,13 +346,7 @@ class Skeleton:
                 if parameter is None:
                     continue
                 full = ".".join(part for part in (prefix, path, name) if part)
-                tensor = self.read(full)
-                if tensor.shape != parameter.shape:
-                    raise RarefyError(
-                        f"{full} has shape {tuple(tensor.shape)} where the config asks for "
-                        f"{tuple(parameter.shape)}; config.json and weights do not belong together"
-                    )
-                value = tensor.to(self.device, torch.float32)
+                value = self.read_as(full, parameter.shape).to(self.device, torch.float32)
                 owner._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     @staticmethod

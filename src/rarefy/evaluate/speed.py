@@ -174,7 +174,7 @@ def _measure_here(given: argparse.Namespace) -> Speed:
     return merge([one])
 
 
-def token_bytes(model: PreTrainedModel, context: int) -> int:
+def token_bytes(model: Any, context: int) -> int:
     """Bytes read to make one token of a dense-attention decoder at a context of some tokens."""
     from itertools import chain
 
@@ -235,6 +235,9 @@ def kernel_text(model: torch.nn.Module) -> str:
     """
     import torch
 
+    from rarefy.runtime.factored import Factored
+    from rarefy.runtime.packed import PackedMatrix, TiedHead
+
     def name(module: torch.nn.Module) -> str:
         if type(module) is torch.nn.Linear:
             return f"Linear {str(module.weight.dtype).removeprefix('torch.')}"
@@ -242,8 +245,7 @@ def kernel_text(model: torch.nn.Module) -> str:
         return f"{type(module).__name__} ({detail})" if detail else type(module).__name__
 
     def multiplies(module: torch.nn.Module) -> bool:
-        ours = type(module).__module__.startswith("rarefy.runtime")
-        return ours or isinstance(module, torch.nn.Linear)
+        return isinstance(module, (torch.nn.Linear, PackedMatrix, TiedHead, Factored))
 
     counts = Counter(name(module) for module in model.modules() if multiplies(module))
     return ", ".join(f"{count} x {kind}" for kind, count in counts.most_common())

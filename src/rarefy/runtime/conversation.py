@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,10 +79,8 @@ class Conversation:
 
 def with_stops(sampling: Sampling, folder: Path, tokenizer: Any) -> Sampling:
     """The rules with the tokens at which a model folder says that an answer ends."""
-    from transformers import AutoConfig, GenerationConfig
-
-    known = (folder / "generation_config.json").is_file()
-    config = (GenerationConfig if known else AutoConfig).from_pretrained(folder)
-    ends = config.eos_token_id
+    file = folder / "generation_config.json"
+    known = json.loads((file if file.is_file() else folder / "config.json").read_text())
+    ends = known.get("eos_token_id")
     found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     return replace(sampling, stops=sampling.stops | (found - {None}))

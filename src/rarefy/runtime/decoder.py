@@ -9,18 +9,19 @@ What the native path refuses runs through :class:`PlainLoop`, which has the same
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from rarefy.checkpoint.load import default_device, load_model
 from rarefy.errors import RarefyError
+from rarefy.kernels import library
 from rarefy.runtime.anatomy import dissect
-from rarefy.runtime.kv_cache import kv_cache
 from rarefy.runtime.native import NativeStep
 from rarefy.runtime.prefill import KeyValues, read
 from rarefy.runtime.sampling import Sampling
-from rarefy.runtime.stored import stored_model
+from rarefy.runtime.stored import stored_model, stored_outline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -76,7 +77,7 @@ class Decoder:
     """Native decoding of one text at a time; see :class:`Loop`.
 
     Args:
-        model: a transformers model on the CPU, whose weights are shared.
+        model: a transformers model, or the outline of one, on the CPU; its weights are shared.
         capacity: tokens of prompt and answer that there is room for.
         cache: float32, or float16 for half the memory of keys and values.
 
@@ -108,7 +109,7 @@ class Decoder:
         del self.tokens[known:]
         if len(ids) - known > _FEW:
             rest = torch.tensor(ids[known:-1], dtype=torch.int64)
-            read(self.anatomy, self.cache, rest, known)
+            read(self.anatomy, self.native, self.cache, rest, known)
             self.tokens += ids[known:-1]
         for token in ids[len(self.tokens) :]:
             logits = self.step(token)
@@ -166,6 +167,8 @@ class PlainLoop:
 
     def reset(self) -> None:
         """See :class:`Loop`."""
+        from rarefy.runtime.kv_cache import kv_cache  # imports transformers' model code
+
         self.tokens: list[int] = []
         self.cache = kv_cache(self.model, self.kv)
 
@@ -216,6 +219,11 @@ def open_loop(
     device = default_device()
     if device.type != "cpu":
         return PlainLoop(load_model(folder)), f"it is made for the CPU, and {device} is there"
+    if not library.available():
+        obstacle = f"there are no compiled kernels: {library.reason()}"
+        return PlainLoop(load_model(folder)), obstacle
+    with suppress(RarefyError):  # then transformers may know more
+        return Decoder(stored_outline(folder), capacity), ""
     try:
         return Decoder(stored_model(folder), capacity), ""
     except RarefyError as error:

@@ -13,6 +13,7 @@ from rarefy.errors import RarefyError
 from rarefy.formats.integer import Int
 from rarefy.kernels import library
 from rarefy.kernels.bind import kernel_for
+from rarefy.kernels.call import multiply
 from rarefy.kernels.library import Matrix
 from rarefy.kernels.ops_int import describe
 from rarefy.runtime.factored import Factored
@@ -93,6 +94,7 @@ class NativeStep:
         self._functions = functions
         self._kept = _Kept()
         network = _network(anatomy, cache, self._kept)
+        self._embedding = network.embedding
         self._handle = functions.rarefy_decoder_new(ctypes.byref(network))
         if not self._handle:
             raise RarefyError("there is no compiled kernel for one of the model's matrices")
@@ -111,6 +113,32 @@ class NativeStep:
         if self._functions.rarefy_decoder_step(self._handle, token, position, out, threads):
             raise RarefyError(f"token {token} at position {position} is outside the model's range")
 
+    def product(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """``W x + b`` for rows x float32 [T, n], giving [T, m].
+
+        Args:
+            linear: one of the decoder's. x: on the CPU.
+        """
+        if isinstance(linear, Factored):
+            y = self.product(linear.second, self.product(linear.first, x))
+        else:
+            y = multiply(self._kept.matrices[id(linear)], x)
+        bias = getattr(linear, "bias", None)
+        return y if bias is None else y.add_(bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, float32 [T, hidden] for ids [T].
+
+        Raises:
+            RarefyError: an id is none of the vocabulary.
+        """
+        found = torch.empty(len(ids), self._embedding.columns)
+        call, at = self._functions.rarefy_decode, ctypes.byref(self._embedding)
+        for token, row in zip(ids.tolist(), found, strict=True):
+            if call(at, token, token + 1, row.data_ptr(), 1):
+                raise RarefyError(f"token {token} is outside the model's vocabulary")
+        return found
+
     def profile(self) -> dict[str, float]:
         """Share of the time by phase since the last call; zeros at the first, which starts it."""
         seconds = (ctypes.c_double * len(PHASES))()
@@ -124,10 +152,12 @@ class _Kept:
 
     Attributes:
         weight_bytes: of the matrices that :meth:`linear` described.
+        matrices: id of a module -> its matrix.
     """
 
     def __init__(self) -> None:
         self.weight_bytes = 0
+        self.matrices: dict[int, Matrix] = {}
         self._tensors: dict[int, Tensor] = {}
         self._counted: set[int] = set()
         self._narrowed: dict[int, Tensor] = {}
@@ -158,6 +188,12 @@ class _Kept:
 
     def matrix(self, module: nn.Module) -> Matrix:
         """Describe a linear's or an embedding's whole matrix."""
+        known = self.matrices.get(id(module))
+        if known is None:
+            known = self.matrices[id(module)] = self._describe(module)
+        return known
+
+    def _describe(self, module: nn.Module) -> Matrix:
         holder = _holder(module)
         if isinstance(holder, PackedMatrix):
             return self._packed(holder)

@@ -1,27 +1,34 @@
 """Reading a prompt: many tokens at once through a decoder that was taken apart.
 
-Products of many rows are matrix products, which torch does well: packed matrices are decoded in
-strips and multiplied there. Only keys and values are wanted, so that the last block stops at them
-and the head is never run; the prompt's last token takes the path of every later token.
+The products of many rows are the compiled ones, with the matrices as they are stored. Only keys
+and values are wanted, so that the last block stops at them and the head is never run; the prompt's
+last token takes the path of every later token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from rarefy.runtime.factored import Factored
-
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from rarefy.runtime.anatomy import Anatomy, Block, Share
 
 _CHUNK = 512  # tokens that pass through the blocks together
+
+
+class Products(Protocol):
+    """Multiplies by the decoder's matrices; ``runtime.native.NativeStep`` does."""
+
+    def product(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """``W x + b`` for rows x float32 [T, n], giving [T, m]."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, float32 [T, hidden] for ids [T]."""
 
 
 @dataclass(frozen=True)
@@ -66,33 +73,37 @@ class KeyValues:
 
 
 @torch.inference_mode()
-def read(anatomy: Anatomy, cache: KeyValues, ids: Tensor, past: int) -> None:
+def read(anatomy: Anatomy, products: Products, cache: KeyValues, ids: Tensor, past: int) -> None:
     """Put the keys and values of some tokens into the cache.
 
     Args:
         anatomy: the decoder.
+        products: multiplies by its matrices.
         cache: receives positions ``past .. past + len(ids)``.
         ids: int64 [T].
         past: tokens already in the cache.
     """
     for start in range(0, len(ids), _CHUNK):
         chunk = ids[start : start + _CHUNK]
-        _read_chunk(anatomy, cache, chunk, past + start)
+        _read_chunk(anatomy, products, cache, chunk, past + start)
 
 
-def _read_chunk(anatomy: Anatomy, cache: KeyValues, ids: Tensor, past: int) -> None:
-    x = rows_of(anatomy.embedding, ids)
+def _read_chunk(
+    anatomy: Anatomy, products: Products, cache: KeyValues, ids: Tensor, past: int
+) -> None:
+    x = products.rows(ids)
     last = len(anatomy.blocks) - 1
     for number, block in enumerate(anatomy.blocks):
         normed = _norm(x, block.attention_norm, anatomy.epsilon)
-        query, key, value = _products(normed, (block.query, block.key, block.value))
+        query, key, value = _products(products, normed, (block.query, block.key, block.value))
         _append(anatomy, cache, number, key, value, past)
         if number == last:
             return
-        x = x + _attend(anatomy, cache, number, query, past)
+        mixed = _attend(anatomy, cache, number, query, past)
+        x = x + products.product(block.output.linear, mixed)
         normed = _norm(x, block.mlp_norm, anatomy.epsilon)
-        gate, up = _products(normed, (block.gate, block.up))
-        x = x + many(block.down.linear, F.silu(gate) * up)
+        gate, up = _products(products, normed, (block.gate, block.up))
+        x = x + products.product(block.down.linear, F.silu(gate) * up)
 
 
 def _append(
@@ -105,7 +116,7 @@ def _append(
 
 
 def _attend(anatomy: Anatomy, cache: KeyValues, number: int, query: Tensor, past: int) -> Tensor:
-    """What attention adds to the residual stream: [T, hidden]."""
+    """What each head attends to, [T, heads * dim]."""
     block, count = anatomy.blocks[number], len(query)
     placed = _place(query, block.query_norm, anatomy, cache, past)
     stop = past + count
@@ -117,7 +128,7 @@ def _attend(anatomy: Anatomy, cache: KeyValues, number: int, query: Tensor, past
         scale=anatomy.scale,
         enable_gqa=True,
     )
-    return many(block.output.linear, mixed[0].transpose(0, 1).reshape(count, -1))
+    return mixed[0].transpose(0, 1).reshape(count, -1)
 
 
 def _mask(block: Block, count: int, past: int) -> Tensor:
@@ -146,29 +157,11 @@ def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.float(), epsilon)
 
 
-def _products(x: Tensor, shares: tuple[Share, ...]) -> list[Tensor]:
+def _products(products: Products, x: Tensor, shares: tuple[Share, ...]) -> list[Tensor]:
     """Each share's output; a matrix that several of them share is multiplied once."""
     whole = {id(share.linear): share.linear for share in shares}
-    done = {key: many(linear, x) for key, linear in whole.items()}
+    done = {key: products.product(linear, x) for key, linear in whole.items()}
     return [
         done[id(share.linear)][:, share.row : share.row + share.rows].contiguous()
         for share in shares
     ]
-
-
-def many(linear: nn.Module, x: Tensor) -> Tensor:
-    """``W x + b`` in float32 for many rows x [T, n], whatever W is stored in."""
-    if isinstance(linear, Factored):
-        both = many(linear.second, many(linear.first, x))
-        return both if linear.bias is None else both + linear.bias
-    if isinstance(linear, nn.Linear):
-        bias = None if linear.bias is None else linear.bias.float()
-        return F.linear(x, linear.weight.float(), bias)
-    y: Tensor = linear(x)
-    return y
-
-
-def rows_of(embedding: nn.Module, ids: Tensor) -> Tensor:
-    """Rows of an embedding as float32 [T, hidden]."""
-    rows: Tensor = embedding(ids)
-    return rows.float()

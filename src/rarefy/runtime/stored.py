@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
 
 from rarefy.checkpoint.reader import Checkpoint
 from rarefy.engine.skeleton import Skeleton
 from rarefy.resources import return_unused_pages
-from rarefy.runtime.plugin import mend_ties, put_packed
+from rarefy.runtime.outline import outline
+from rarefy.runtime.placing import mend_ties, put_packed
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from rarefy.runtime.outline import Outline
 
 
 def stored_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -33,7 +35,28 @@ def stored_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         RarefyError: the folder is no checkpoint, or incomplete.
     """
-    skeleton = Skeleton(Checkpoint(folder), torch.device("cpu"))
+    from transformers import GenerationConfig
+
+    model = _filled(Skeleton(Checkpoint(folder), torch.device("cpu")), dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def stored_outline(folder: Path) -> Outline:
+    """The same without transformers: modules that hold tensors, and no way to call them.
+
+    Raises:
+        RarefyError: see :func:`stored_model` and :func:`rarefy.runtime.outline.outline`.
+    """
+    checkpoint = Checkpoint(folder)
+    skeleton = Skeleton(checkpoint, torch.device("cpu"), model=outline(checkpoint))
+    model: Outline = _filled(skeleton, None)
+    return model
+
+
+def _filled(skeleton: Skeleton, dtype: torch.dtype | None) -> Any:
+    """The skeleton's model with every tensor as it is stored."""
     model = skeleton.model
     model.config.use_cache = True
     for name, fmt in skeleton.earlier.items():
@@ -48,8 +71,6 @@ def stored_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     if skeleton.tied and not skeleton.shares_packed_embedding(set(skeleton.earlier)):
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     mend_ties(model)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     return_unused_pages()  # of reading; what comes next would be on top of them
     return model
 
@@ -58,6 +79,6 @@ def _fill(module: nn.Module, path: str, skeleton: Skeleton, dtype: torch.dtype |
     """Read a module's own parameters."""
     for name, parameter in list(module._parameters.items()):
         if parameter is not None:
-            tensor = skeleton.read(f"{path}.{name}")
+            tensor = skeleton.read_as(f"{path}.{name}", parameter.shape)
             value = tensor if dtype is None else tensor.to(dtype)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
