@@ -22,7 +22,7 @@ from rarefy.kernels.ops_lut import BCQKernel
 from rarefy.kernels.ops_sparse import SparseKernel, supports
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from rarefy.formats.activation import Activation
     from rarefy.formats.base import Format
@@ -130,11 +130,24 @@ class Int8Kernel(IntKernel):
         self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], scale: torch.Tensor | None
     ) -> torch.Tensor:
         """See :meth:`Kernel.product`."""
+        return self._by(ops_int.int8_linear, x, packed, scale)
+
+    def direct(
+        self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The same on the CPU, and not as an operator, which would import torch's compiler."""
+        return self._by(ops_int.cpu_int8_linear, x, packed, scale)
+
+    def _by(
+        self,
+        operator: Callable[..., torch.Tensor],
+        x: torch.Tensor,
+        packed: Mapping[str, torch.Tensor],
+        scale: torch.Tensor | None,
+    ) -> torch.Tensor:
         if self.rounding.per == "tensor" and scale is None:
             scale = self.rounding.scale(x.abs().reshape(-1))
-        stored = _tensors(packed)
-        found: torch.Tensor = ops_int.int8_linear(x, *stored, scale, self.bits, self.group)
-        return found
+        return operator(x, *_tensors(packed), scale, self.bits, self.group)
 
 
 @kernel_for.register(Int)

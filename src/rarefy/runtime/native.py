@@ -12,7 +12,7 @@ from torch import nn
 from rarefy.errors import RarefyError
 from rarefy.formats.integer import Int
 from rarefy.kernels import library
-from rarefy.kernels.bind import kernel_for
+from rarefy.kernels.bind import Int8Kernel, kernel_for
 from rarefy.kernels.call import multiply
 from rarefy.kernels.library import Matrix
 from rarefy.kernels.ops_int import describe
@@ -34,7 +34,10 @@ _AT, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 class _Linear(ctypes.Structure):
     """Mirror of ``rarefy_linear``."""
 
-    _fields_ = (("matrix", Matrix), ("first", Matrix), ("bias", _AT), ("row", _I64), ("rows", _I64))
+    _fields_ = (
+        *(("matrix", Matrix), ("first", Matrix), ("bias", _AT), ("row", _I64), ("rows", _I64)),
+        *(("input_scale", _AT), ("rounded", _I64)),
+    )
 
 
 class _Block(ctypes.Structure):
@@ -121,6 +124,8 @@ class NativeStep:
         """
         if isinstance(linear, Factored):
             y = self.product(linear.second, self.product(linear.first, x))
+        elif isinstance(linear, PackedLinear) and (kernel := int8_kernel(linear)) is not None:
+            y = kernel.direct(x, linear.tensors(), linear.input_scale)
         else:
             y = multiply(self._kept.matrices[id(linear)], x)
         bias = getattr(linear, "bias", None)
@@ -174,14 +179,18 @@ class _Kept:
     def linear(self, share: Share) -> _Linear:
         """Describe some rows of a linear."""
         module = share.linear
-        if isinstance(module, PackedLinear) and module.rounding is not None:
-            raise RarefyError(f"the native decoder does not round inputs ({module.extra_repr()})")
         last, first = module, None
         if isinstance(module, Factored):
             last, first = module.second, module.first
+        for one in (last, first):
+            if _rounds(one) and (first is not None or int8_kernel(one) is None):
+                raise RarefyError("the native decoder does not round the inputs of such a matrix")
         found = _Linear(
-            self._counting(last), bias=self.vector(share.bias), row=share.row, rows=share.rows
-        )
+            self._counting(last), bias=self.vector(share.bias), row=share.row, rows=share.rows,
+            rounded=_rounds(last),
+        )  # fmt: skip
+        if isinstance(last, PackedLinear) and last.rounding is not None:
+            found.input_scale = self.vector(last.input_scale)
         if first is not None:
             found.first = self._counting(first)
         return found
@@ -254,6 +263,17 @@ class _Kept:
         tensor = tensor.contiguous()
         self._tensors.setdefault(tensor.data_ptr(), tensor)
         return tensor.data_ptr()
+
+
+def int8_kernel(module: nn.Module | None) -> Int8Kernel | None:
+    """The product of a linear whose inputs become int8 codes, whatever their number."""
+    kernel = module.rounding_kernel if isinstance(module, PackedLinear) else None
+    return kernel if type(kernel) is Int8Kernel else None
+
+
+def _rounds(module: nn.Module | None) -> bool:
+    """Whether a linear rounds its inputs."""
+    return isinstance(module, PackedLinear) and module.rounding is not None
 
 
 def _holder(module: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from rarefy.kernels.bind import described, kernel_for, runs_on
 if TYPE_CHECKING:
     from rarefy.formats.activation import Activation
     from rarefy.formats.base import Format, Packed
+    from rarefy.kernels.bind import Kernel
 
 # Rows are decoded in strips of about this many weights, so a vocabulary-sized head stays cheap.
 _STRIP = 1 << 22
@@ -102,6 +103,11 @@ class PackedLinear(PackedMatrix):
         self._round_and_multiply = None if rounding is None else kernel_for(fmt, rounding)
         scale = torch.empty(1, device="meta") if rounding is not None and rounding.static else None
         self.register_buffer("input_scale", scale)
+
+    @property
+    def rounding_kernel(self) -> Kernel | None:
+        """What rounds inputs and multiplies, where there is such a kernel."""
+        return self._round_and_multiply
 
     @property
     def weight(self) -> torch.Tensor:

@@ -217,7 +217,12 @@ class Decoder {
   // Rows a .. b of a linear, written to out[0 ...].
   static void apply(const rarefy_linear& linear, const float* x, float* out, int64_t a, int64_t b,
                     Local& local) {
-    local.rows.product(linear.matrix, x, out, linear.row + a, linear.row + b);
+    const int64_t row0 = linear.row + a, row1 = linear.row + b;
+    if (linear.rounded) {
+      local.rows.product_int8(linear.matrix, x, linear.input_scale, out, row0, row1);
+    } else {
+      local.rows.product(linear.matrix, x, out, row0, row1);
+    }
     if (linear.bias == nullptr) return;
     for (int64_t row = a; row < b; ++row) out[row - a] += linear.bias[row];
   }
@@ -263,7 +268,8 @@ class Decoder {
 };
 
 bool runs(const rarefy_linear& linear) {
-  return has_rows(linear.matrix) && (linear.first.rows == 0 || has_rows(linear.first));
+  if (linear.first.rows == 0) return has_rows(linear.matrix, linear.rounded != 0);
+  return linear.rounded == 0 && has_rows(linear.matrix) && has_rows(linear.first);
 }
 
 }  // namespace

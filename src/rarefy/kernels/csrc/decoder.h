@@ -17,6 +17,8 @@ struct rarefy_linear {
   rarefy_matrix first;
   const float* bias;  // [rows], or null
   int64_t row, rows;
+  const float* input_scale;  // of inputs that are rounded, or null: each vector's own
+  int64_t rounded;           // inputs become int8 codes; not with `first`
 };
 
 // Pre-norm attention with grouped queries, then a gated MLP. Blocks may differ in width.

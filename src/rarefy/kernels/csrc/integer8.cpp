@@ -115,4 +115,30 @@ int matvec_int8(const rarefy_matrix& m, const float* x, const float* input_scale
   return RAREFY_DONE;
 }
 
+int Rounded::product(const rarefy_matrix& m, const float* x, const float* input_scale, float* y,
+                     int64_t row0, int64_t row1) {
+  if (!sound(m) || m.columns > kColumns) return RAREFY_UNSUPPORTED;
+  const Int8Kernels& k = kernels();
+  const Layout at(m, kTogether, 1);
+  char* base = static_cast<char*>(memory_.take(at.end));
+  int8_t* arranged = reinterpret_cast<int8_t*>(base + at.x);
+  int32_t* sums = reinterpret_cast<int32_t*>(base + at.sums);
+  int32_t* totals = reinterpret_cast<int32_t*>(base + at.totals);
+  float* scale = reinterpret_cast<float*>(base + at.scale);
+  if (from_ != x || given_ != input_scale || bits_ != m.bits || columns_ != m.columns ||
+      group_ != m.group) {
+    int8_t* codes = reinterpret_cast<int8_t*>(base + at.codes);
+    *scale = quantize(x, m.columns, input_scale, codes, totals);
+    k.arrange(m, codes, arranged, sums, at.stride);
+    from_ = x;
+    given_ = input_scale;
+    bits_ = m.bits;
+    columns_ = m.columns;
+    group_ = m.group;
+  }
+  const Int8Product p{&m, arranged, sums, totals, scale, at.stride, 1, y - row0, 1};
+  k.product(p, row0, row1, reinterpret_cast<float*>(base + at.scratch));
+  return RAREFY_DONE;
+}
+
 }  // namespace rarefy

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "matrix.h"
+#include "scratch.h"
 
 namespace rarefy {
 
@@ -39,6 +40,23 @@ extern const Int8Kernels int8_portable;
 extern const Int8Kernels int8_avx2;
 extern const Int8Kernels int8_avx512;
 #endif
+
+// One vector, rounded once for all products with matrices of the same layout, on the calling thread.
+class Rounded {
+ public:
+  // What was prepared is out of date: the vector has changed.
+  void renew() { from_ = nullptr; }
+
+  // y[0 .. row1 - row0] = rows row0 .. row1. Returns a rarefy_status.
+  int product(const rarefy_matrix& m, const float* x, const float* input_scale, float* y,
+              int64_t row0, int64_t row1);
+
+ private:
+  Scratch memory_;
+  const float *from_ = nullptr, *given_ = nullptr;  // vector and scale, and the codes it is for
+  int64_t columns_ = 0, group_ = 0;
+  int32_t bits_ = 0;
+};
 
 int matvec_int8(const rarefy_matrix& m, const float* x, const float* input_scale, float* y,
                 int64_t vectors, Pool& pool, int threads);

@@ -85,11 +85,14 @@ int RowWorker::decode(const rarefy_matrix& matrix, int64_t row0, int64_t row1, f
   }
 }
 
-bool has_rows(const rarefy_matrix& matrix) {
+bool has_rows(const rarefy_matrix& matrix, bool rounded) {
   const std::vector<float> x(static_cast<std::size_t>(matrix.columns));
   float y = 0.0f;
   const int64_t row1 = std::min<int64_t>(1, matrix.rows);
-  return RowWorker().product(matrix, x.data(), &y, 0, row1) == RAREFY_DONE;
+  RowWorker worker;
+  const int status = rounded ? worker.product_int8(matrix, x.data(), nullptr, &y, 0, row1)
+                             : worker.product(matrix, x.data(), &y, 0, row1);
+  return status == RAREFY_DONE;
 }
 
 }  // namespace rarefy

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "integer8.h"
 #include "matrix.h"
 #include "scratch.h"
 
@@ -12,10 +13,19 @@ namespace rarefy {
 class RowWorker {
  public:
   // What was prepared is out of date: the vectors have changed.
-  void renew() { from_ = nullptr; }
+  void renew() {
+    from_ = nullptr;
+    rounded_.renew();
+  }
 
   // y[0 .. row1 - row0] = rows row0 .. row1 of W x. Returns a rarefy_status.
   int product(const rarefy_matrix& matrix, const float* x, float* y, int64_t row0, int64_t row1);
+
+  // The same with the vector rounded to int8 first, as rarefy_matvec_int8 does.
+  int product_int8(const rarefy_matrix& matrix, const float* x, const float* input_scale, float* y,
+                   int64_t row0, int64_t row1) {
+    return rounded_.product(matrix, x, input_scale, y, row0, row1);
+  }
 
   // out[row1 - row0, n] = those rows as float32. Returns a rarefy_status.
   int decode(const rarefy_matrix& matrix, int64_t row0, int64_t row1, float* out);
@@ -24,12 +34,13 @@ class RowWorker {
   const float* arrange(const rarefy_matrix& matrix, const float* x);
 
   Scratch arranged_, scratch_;
+  Rounded rounded_;
   const float* from_ = nullptr;  // what arranged_ was made of, and for which codes
   int64_t columns_ = 0, group_ = 0;
   int32_t bits_ = 0;
 };
 
-// Whether there is a product for such a matrix.
-bool has_rows(const rarefy_matrix& matrix);
+// Whether there is a product for such a matrix, of a vector as it is or of a rounded one.
+bool has_rows(const rarefy_matrix& matrix, bool rounded = false);
 
 }  // namespace rarefy
