@@ -1,6 +1,7 @@
 // Every kernel of grouped integers and dense matrices over ragged shapes, for the sanitizers: each
 // buffer is exactly as long as it has to be, so that a read or write beyond its end is found, and
-// products are compared with decoded rows. See `make sanitize`.
+// products are compared with decoded rows; then whole decoders of every kind of matrix, whose threads
+// must agree on every bit. See `make sanitize`.
 
 #include <cmath>
 #include <cstdio>
@@ -10,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "../src/rarefy/kernels/csrc/decoder.h"
 #include "../src/rarefy/kernels/csrc/matrix.h"
 
 namespace {
@@ -113,6 +115,119 @@ void check_dense(int kind, int64_t rows, int64_t columns, int64_t vectors) {
         vectors, 2);
 }
 
+// A small decoder with arrays of its own.
+struct Model {
+  static constexpr int64_t kBlocks = 2, kHidden = 40, kHead = 8, kHeads = 6, kGroups = 2, kInner = 70,
+                           kWords = 51, kRoom = 9;
+  std::vector<std::unique_ptr<float[]>> floats;
+  std::vector<std::unique_ptr<uint16_t[]>> halves;
+  std::vector<std::unique_ptr<uint32_t[]>> words;
+  std::vector<rarefy_block> blocks;
+  rarefy_network network{};
+
+  float* keep(std::unique_ptr<float[]> values) {
+    floats.push_back(std::move(values));
+    return floats.back().get();
+  }
+
+  rarefy_matrix dense(int64_t rows, int64_t columns) {
+    float* values = keep(random_floats(rows * columns));
+    for (int64_t i = 0; i < rows * columns; ++i) values[i] *= 0.2f;
+    return {RAREFY_F32, 0, 0, 0, rows, columns, 0, 0, values, nullptr, nullptr, nullptr};
+  }
+
+  rarefy_matrix integers(int bits, int64_t rows, int64_t columns, int64_t group) {
+    const int64_t groups = group ? (columns + group - 1) / group : 1;
+    const int64_t per_row = (columns * bits + 31) / 32;
+    words.push_back(random_words(rows * per_row));
+    halves.push_back(exactly<uint16_t>(rows * groups));
+    for (int64_t i = 0; i < rows * groups; ++i) {
+      halves.back()[i] = static_cast<uint16_t>((bits > 4 ? 0x1000 : 0x2400) + dice() % 0x400);
+    }
+    return {RAREFY_INT, bits, RAREFY_SCALE_F16, 1, rows, columns, group, per_row,
+            words.back().get(), halves.back().get(), nullptr, nullptr};
+  }
+
+  // Which kind a matrix has follows from its number.
+  rarefy_linear linear(int64_t rows, int64_t columns, int number) {
+    rarefy_linear made{};
+    made.rows = rows;
+    made.bias = number % 2 ? keep(random_floats(rows)) : nullptr;
+    switch (number % 5) {
+      case 0:
+        made.matrix = dense(rows, columns);
+        break;
+      case 1:
+        made.matrix = integers(4, rows, columns, 8);
+        break;
+      case 2:  // rounded inputs, each vector with a scale of its own
+        made.matrix = integers(8, rows, columns, 0);
+        made.rounded = 1;
+        break;
+      case 3:  // rounded inputs with a stored scale
+        made.matrix = integers(4, rows, columns, 8);
+        made.rounded = 1;
+        made.input_scale = keep(exactly<float>(1));
+        const_cast<float*>(made.input_scale)[0] = 0.03f;
+        break;
+      default:  // two factors
+        made.matrix = integers(3, rows, 11, 0);
+        made.first = dense(11, columns);
+    }
+    return made;
+  }
+
+  explicit Model(int number) {
+    for (int64_t b = 0; b < kBlocks; ++b) {
+      rarefy_block block{};
+      block.query = linear(kHeads * kHead, kHidden, number);
+      block.key = linear(kGroups * kHead, kHidden, number + 1);
+      block.value = linear(kGroups * kHead, kHidden, number + 2);
+      block.output = linear(kHidden, kHeads * kHead, number + 3);
+      block.gate = linear(kInner, kHidden, number + 4);
+      block.up = linear(kInner, kHidden, number + 1);
+      block.down = linear(kHidden, kInner, number + 2);
+      block.attention_norm = keep(random_floats(kHidden));
+      block.mlp_norm = keep(random_floats(kHidden));
+      block.query_norm = b ? keep(random_floats(kHead)) : nullptr;
+      block.key_norm = b ? keep(random_floats(kHead)) : nullptr;
+      block.keys = keep(exactly<float>(kGroups * kRoom * kHead));
+      block.values = keep(exactly<float>(kGroups * kRoom * kHead));
+      block.window = b ? 3 : 0;
+      blocks.push_back(block);
+    }
+    network = {kBlocks, kHidden, kHead, kHead, kRoom, 1e-5f, 0.35f, 0, blocks.data(),
+               dense(kWords, kHidden), linear(kWords, kHidden, number), keep(random_floats(kHidden)),
+               keep(random_floats(kRoom * kHead / 2)), keep(random_floats(kRoom * kHead / 2))};
+  }
+};
+
+void check_decoder(int number) {
+  const Model model(number);
+  void* decoder = rarefy_decoder_new(&model.network);
+  expect(decoder != nullptr, "decoder", model.network.head.matrix, number, 0);
+  if (decoder == nullptr) return;
+  auto alone = exactly<float>(Model::kWords * Model::kRoom), logits = exactly<float>(Model::kWords);
+  for (int threads = 1; threads <= 4; ++threads) {
+    bool same = true;
+    for (int64_t at = 0; at < Model::kRoom; ++at) {
+      const int64_t token = (7 * at + number) % Model::kWords;
+      float* out = threads == 1 ? alone.get() + at * Model::kWords : logits.get();
+      same &= rarefy_decoder_step(decoder, token, at, out, threads) == 0;
+      for (int64_t i = 0; i < Model::kWords; ++i) {
+        same &= std::isfinite(out[i]) && out[i] == alone[at * Model::kWords + i];
+      }
+    }
+    expect(same, "decoder's threads", model.network.head.matrix, number, threads);
+  }
+  double seconds[RAREFY_PHASES];
+  rarefy_decoder_profile(decoder, 1, seconds);
+  const bool refused = rarefy_decoder_step(decoder, Model::kWords, 0, logits.get(), 2) != 0 &&
+                       rarefy_decoder_step(decoder, 0, Model::kRoom, logits.get(), 2) != 0;
+  expect(refused, "decoder's range", model.network.head.matrix, number, 0);
+  rarefy_decoder_free(decoder);
+}
+
 }  // namespace
 
 int main() {
@@ -145,6 +260,7 @@ int main() {
   });
   for (int i = 0; i < 60; ++i) check_dense(RAREFY_F32, 61, 513, 1);
   beside.join();
+  for (int number = 0; number < 10; ++number) check_decoder(number);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
