@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import wrapt
 import yaml
 from rich.markdown import Markdown
-from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperCommand, TyperGroup
 
 import rarefy
@@ -31,7 +31,6 @@ from rarefy.methods import methods_markdown
 from rarefy.report import words
 from rarefy.report.card import card
 from rarefy.report.compare import comparison_markdown, comparison_table
-from rarefy.report.html import render_comparison_html, render_html
 from rarefy.runtime.sampling import Sampling
 from rarefy.synthesis.base import SYNTHESIZERS
 from rarefy.synthesis.engine import Settings
@@ -231,6 +230,8 @@ def evaluate(
         console.show_cache(report["cache"])
     folder = Path(directory)
     if (folder / "manifest.json").is_file():
+        from rarefy.report.html import render_html  # imports matplotlib
+
         write_json(folder / "report.json", report)
         write_atomic(folder / "report.html", render_html(report).encode())
         write_atomic(folder / "README.md", card(report).encode())
@@ -255,6 +256,8 @@ def compare(
     read = [_read_report(path) for path in reports]
     console.out.print(comparison_table(read))
     if html is not None:
+        from rarefy.report.html import render_comparison_html  # imports matplotlib
+
         write_atomic(html, render_comparison_html(read).encode())
     if markdown is not None:
         write_atomic(markdown, comparison_markdown(read).encode())
@@ -458,5 +461,10 @@ def _read_report(path: Path) -> Report:
 
 def main() -> None:
     """Entry point of the installed command."""
-    disable_progress_bar()  # transformers' bars would break into ours, and into pipes
+    # transformers' bars would break into ours, and into pipes.
+    wrapt.register_post_import_hook(_without_bars, "transformers.utils.logging")
     app()
+
+
+def _without_bars(logging: Any) -> None:
+    logging.disable_progress_bar()
