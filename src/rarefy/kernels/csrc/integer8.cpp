@@ -54,6 +54,20 @@ float quantize(const float* x, int64_t count, const float* given, int8_t* codes,
   return lost ? std::numeric_limits<float>::quiet_NaN() : scale;
 }
 
+// The sum of each group's codes, where `sums_of_groups` looks for them.
+void add_groups(const rarefy_matrix& m, const int8_t* codes, int32_t* sums, int64_t stride) {
+  const int64_t groups = groups_of(m);
+  if (groups == 1) return;
+  float* out = reinterpret_cast<float*>(sums + stride / 2);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t end = std::min(m.columns, (g + 1) * m.group);
+    int32_t sum = 0;
+    for (int64_t j = g * m.group; j < end; ++j) sum += codes[j];
+    out[g] = static_cast<float>(sum);
+  }
+  for (int64_t g = groups; g < round_up(groups, 16); ++g) out[g] = 0.0f;
+}
+
 // Pieces of one block of memory, each on a cache line of its own.
 struct Layout {
   int64_t stride, own, x, sums, totals, scale, codes, scratch, end;
@@ -100,6 +114,7 @@ int matvec_int8(const rarefy_matrix& m, const float* x, const float* input_scale
       int8_t* mine = codes + thread * at.stride;
       scale[t] = quantize(x + (first + t) * m.columns, m.columns, input_scale, mine, totals + t);
       k.arrange(m, mine, arranged + t * at.stride, sums + t * at.stride, at.stride);
+      add_groups(m, mine, sums + t * at.stride, at.stride);
     });
     pool.each(threads, ceil_div(m.rows, size), [&](int64_t part, int thread) {
       const int64_t row0 = part * size, row1 = std::min(m.rows, row0 + size);

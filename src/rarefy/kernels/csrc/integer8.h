@@ -14,7 +14,8 @@ namespace rarefy {
 struct Int8Product {
   const rarefy_matrix* matrix;
   const int8_t* x;      // [vectors, stride], as `arrange` laid it out
-  const int32_t* sums;  // [vectors, stride]: the sums of c that belong to each integer lane
+  const int32_t* sums;  // [vectors, stride]: the sums of c that belong to each integer lane, and
+                        // from the middle on those of each group, as floats
   const int32_t* totals;  // [vectors]: the sum of all c
   const float* scale;     // [vectors]
   int64_t stride;
@@ -32,6 +33,11 @@ struct Int8Kernels {
 
 // Bytes of an arranged vector, and integers of its sums; at least what every level needs.
 inline int64_t int8_stride(const rarefy_matrix& m) { return 2 * ((m.columns + 127) / 128 * 128); }
+
+// Where a vector's sums of each group are: floats, zeros behind them to a multiple of 16.
+inline const float* sums_of_groups(const int32_t* sums, int64_t stride) {
+  return reinterpret_cast<const float*>(sums + stride / 2);
+}
 
 int64_t int8_scratch(const rarefy_matrix& m);
 

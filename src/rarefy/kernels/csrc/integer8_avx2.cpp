@@ -14,6 +14,7 @@ struct Narrow {
   static constexpr int lanes = 8, bytes = 32;
   static constexpr int rows(int together) { return together == 8 ? 1 : 2; }
   static I none() { return _mm256_setzero_si256(); }
+  static F load(const float* at) { return _mm256_loadu_ps(at); }
   static F zero() { return _mm256_setzero_ps(); }
   static I whole(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
   static I sums(const int32_t* at) { return whole(at); }
@@ -34,6 +35,7 @@ struct Narrow {
 };
 
 struct Bytes : Narrow {
+  static constexpr bool late = false;
   struct Q {
     __m256i first, second;
   };
@@ -52,6 +54,7 @@ struct Bytes : Narrow {
 };
 
 struct Nibbles : Narrow {
+  static constexpr bool late = true;
   struct Q {
     __m256i low, high;
   };

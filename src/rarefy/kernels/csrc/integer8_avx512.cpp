@@ -13,6 +13,7 @@ struct Wide {
   static constexpr int scales = 4, lanes = 16, bytes = 64;
   static constexpr int rows(int together) { return together == 8 ? 2 : 4; }
   static I none() { return _mm512_setzero_si512(); }
+  static F load(const float* at) { return _mm512_loadu_ps(at); }
   static F zero() { return _mm512_setzero_ps(); }
   static I sums(const int32_t* at) { return _mm512_loadu_si512(at); }
   static F floats(I v) { return _mm512_cvtepi32_ps(v); }
@@ -36,6 +37,7 @@ struct Wide {
 };
 
 struct Bytes : Wide {
+  static constexpr bool late = false;
   using Q = __m512i;
   static constexpr int unit = 64, octets = 64;
   static Q codes(const uint8_t* at) { return _mm512_loadu_si512(at); }
@@ -45,6 +47,7 @@ struct Bytes : Wide {
 };
 
 struct Nibbles : Wide {
+  static constexpr bool late = true;
   struct Q {
     __m512i low, high;
   };

@@ -4,6 +4,8 @@
 //   unit     columns of a step; `bytes` of codes and `octets` of an arranged vector that they take
 //   scales   groups that a step may meet: every unit / scales columns have one scale; `spread`
 //            puts scales into their lanes by a `pattern` that says how many of those share one
+//   late     sums of many vectors may do without zero points until the end: with wider codes too
+//            much would cancel
 //   lanes    32-bit sums of a step; `sums` of arranged codes belong to them one by one
 #pragma once
 
@@ -43,12 +45,14 @@ struct Lie {
 };
 
 // One row: its codes (a copy of those at the end, behind which zeros follow), its scales and the
-// lower 16 bits of its negative zero points.
-template <class W>
+// lower 16 bits of its negative zero points; or, where those are left to the end, each group's
+// scale times negative zero point, zeros behind them.
+template <class W, bool Late = false>
 struct Row8 {
   const uint8_t* codes;
   const float* scale;
   const int32_t* negative;
+  const float* shift;
   alignas(64) uint8_t tail[128];
 
   void open(const rarefy_matrix& m, int64_t row, int64_t safe, const Lie<W>& lie, float* scratch) {
@@ -62,10 +66,15 @@ struct Row8 {
     int32_t* z = reinterpret_cast<int32_t*>(scratch + room);
     row_scales(m, row, s);
     row_zeros(m, row, z);
-    for (int64_t g = 0; g < groups; ++g) z[g] = -z[g] & 0xFFFF;
+    if (Late) {
+      for (int64_t g = 0; g < groups; ++g) z[g] = bits_as<int32_t>(-s[g] * static_cast<float>(z[g]));
+    } else {
+      for (int64_t g = 0; g < groups; ++g) z[g] = -z[g] & 0xFFFF;
+    }
     for (int64_t g = groups; g < room; ++g) s[g] = 0.0f, z[g] = 0;
     scale = s;
     negative = z;
+    shift = scratch + room;
     if (lie.blocks > 0) spread(m.group / block<W>(), lie.blocks, scratch + 2 * room);
   }
 
@@ -81,15 +90,17 @@ struct Row8 {
   }
 };
 
-// Several groups a row: sums become floats, times their scale, at every step.
+// Several groups a row: sums become floats, times their scale, at every step. Of many vectors, what
+// the zero points take away is subtracted at the end, from the sums of each group's codes.
 template <class W, int R, int T>
 void product8_of_groups(const Int8Product& p, int64_t row0, float* scratch) {
   const rarefy_matrix& m = *p.matrix;
   const int64_t units = ceil_div(m.columns, W::unit), room = int8_scratch(m) / 4;
   const int64_t safe = at_most(units, m.words_per_row * 4 / W::bytes);
   const int64_t distance = R * m.words_per_row * 4;
+  constexpr bool late = W::late && T == 8;
   const Lie<W> lie(m);
-  Row8<W> row[R];
+  Row8<W, late> row[R];
   typename W::F sum[R][T];
   for (int r = 0; r < R; ++r) row[r].open(m, row0 + r, safe, lie, scratch + r * room);
   RAREFY_UNROLL
@@ -104,11 +115,13 @@ void product8_of_groups(const Int8Product& p, int64_t row0, float* scratch) {
       const typename W::Q q =
           W::codes(inner ? row[r].codes + u * W::bytes : row[r].tail + (u - safe) * W::bytes);
       const typename W::F scale = W::spread(row[r].scale + g, lie.pattern);
-      const typename W::I negative = W::spread(row[r].negative + g, lie.pattern);
+      const typename W::I negative =
+          late ? W::none() : W::spread(row[r].negative + g, lie.pattern);
       RAREFY_UNROLL
       for (int t = 0; t < T; ++t) {
         const typename W::I less =
-            W::pairs(negative, W::sums(p.sums + t * p.stride + u * W::lanes), W::none());
+            late ? W::none()
+                 : W::pairs(negative, W::sums(p.sums + t * p.stride + u * W::lanes), W::none());
         const typename W::I exact = W::dot(q, p.x + t * p.stride + u * W::octets, less);
         sum[r][t] = W::fma(W::floats(exact), scale, sum[r][t]);
       }
@@ -118,6 +131,16 @@ void product8_of_groups(const Int8Product& p, int64_t row0, float* scratch) {
     const int64_t end = at_most(units, u + lie.steps), border = at_least(u, at_most(end, safe));
     for (; u < border; ++u) step(u, g, true);
     for (; u < end; ++u) step(u, g, false);
+  }
+  if (late) {
+    for (int64_t g = 0; g < groups_of(m); g += W::lanes) {
+      RAREFY_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const typename W::F codes = W::load(sums_of_groups(p.sums + t * p.stride, p.stride) + g);
+        RAREFY_UNROLL
+        for (int r = 0; r < R; ++r) sum[r][t] = W::fma(W::load(row[r].shift + g), codes, sum[r][t]);
+      }
+    }
   }
   for (int r = 0; r < R; ++r) {
     for (int t = 0; t < T && t < p.wanted; ++t) {
