@@ -79,6 +79,29 @@ def test_memory_grows_with_calibration_tokens_only_for_recipes_that_read_them(
     assert without[0].blocks == without[1].blocks
 
 
+def test_memory_of_training_follows_the_numbers_that_move(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "dense")  # 3 blocks: 64 wide, kv 32, 96 inner
+    quantize = {"solver": "nearest", "schemes": {"*": INT4}}
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
+    weights = 3 * sum(m * n for m, n in shapes)
+    moving = {
+        "full": ([{"tuner": "full", "norms": False}], weights),
+        "lora": ([{"tuner": "lora", "rank": 4}], 3 * sum(4 * (m + n) for m, n in shapes)),
+        "scales": ([quantize, {"tuner": "scales"}], weights // 32),
+        "norms": (
+            [quantize, {"tuner": "codes", "norms": True}],
+            weights + 7 * 64,
+        ),
+    }
+    found = {}
+    for name, (stages, _) in moving.items():
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+        found[name] = plan(model, file).memory.training
+    for name, (_, numbers) in moving.items():
+        assert found[name] - found["full"] == 12 * (numbers - weights), name
+
+
 @pytest.mark.parametrize("table", ["int4", "embedding", "head"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_dense_export_computes_what_the_decoded_weights_compute(

@@ -76,7 +76,7 @@ class Memory:
             widest group of matrices.
         outside: everything outside the blocks.
         training: where the whole model is trained, student and dense model in fp32, gradients and
-            the optimizer's state as if every number moved, and three copies of the logits.
+            the optimizer's state of the numbers that move, and three copies of the logits.
         kept: freed pieces that the C library keeps, tokenizer and text; a rule of thumb.
     """
 
@@ -278,7 +278,29 @@ def _memory(
     training = 0
     if any(isinstance(stage.method, ModelTuner) for stage in recipe.stages):
         vocabulary = skeleton.model.config.get_text_config().vocab_size
-        training = 4 * (5 * skeleton.parameters + 3 * _CAPTURE_TOKENS * vocabulary)
+        moving = max(
+            _moving(skeleton, stage.method)
+            for stage in recipe.stages
+            if isinstance(stage.method, ModelTuner)
+        )
+        training = 4 * (2 * skeleton.parameters + 3 * moving + 3 * _CAPTURE_TOKENS * vocabulary)
     kept = min(capture + blocks, _KEPT)
     now = psutil.Process().memory_info().rss
     return Memory(now, capture, blocks, outside, training, kept)
+
+
+def _moving(skeleton: Skeleton, tuner: ModelTuner) -> int:
+    """How many numbers of the model a tuner moves at most."""
+    linears = {
+        skeleton.node_name(block, node)
+        for block in range(len(skeleton.blocks))
+        for node in skeleton.linears(block)
+    }
+    norms = [node.path for node in skeleton.map.nodes if node.kind == "norm"]
+    found = sum(tuner.moving(skeleton.shape(n), skeleton.earlier.get(n)) for n in linears)
+    for name, parameter in skeleton.model.named_parameters():
+        module = name.rpartition(".")[0]
+        norm = module == skeleton.map.final_norm or module.endswith(tuple(norms))
+        if module not in linears and tuner.moves(name, norm):
+            found += parameter.numel()
+    return found

@@ -250,6 +250,14 @@ class ModelTuner(Tuner):
     def adapt(self, matrix: MatrixView) -> Adapter | None:
         """What a linear becomes while it is trained; None leaves it frozen."""
 
+    def moving(self, shape: tuple[int, int], form: Format | None) -> int:
+        """How many numbers of a linear [out, in] move at most, before anything is read.
+
+        Args:
+            shape: (out, in). form: how it is stored, None for a dense matrix.
+        """
+        return shape[0] * shape[1]
+
     def moves(self, name: str, norm: bool) -> bool:
         """Whether a parameter outside the linears moves, too.
 

@@ -17,6 +17,7 @@ change has rank one whatever r is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ from rarefy.tuners.adapters import (
     settled,
 )
 from rarefy.tuners.base import TUNERS, Adapter, MatrixView, Outcome
+
+if TYPE_CHECKING:
+    from rarefy.formats.base import Format
 
 _MASKS = ("masked", "scale", "plain", "apart")
 
@@ -86,6 +90,10 @@ class LoRA(Training):
         if matrix.support is None or self.mask == "plain":
             return _Merged(matrix, options)
         return _Scaled(matrix, options) if self.mask == "scale" else _Masked(matrix, options)
+
+    def moving(self, shape: tuple[int, int], form: Format | None) -> int:
+        """Those of the pair."""
+        return self.rank * sum(shape)
 
     def moves(self, name: str, norm: bool) -> bool:
         """As the options say."""

@@ -27,7 +27,7 @@ from rarefy.tuners.base import TUNERS, Adapter, Groups, MatrixView, Outcome
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rarefy.formats.base import Grid, Packed
+    from rarefy.formats.base import Format, Grid, Packed
 
 
 @TUNERS.register(
@@ -78,6 +78,10 @@ class QLoRA(Training):
         weight = matrix.weight.detach()
         grid = matrix.scheme.fit(weight, support=matrix.support)
         return _Packed(matrix, options, grid, grid.encode(weight), new=True)
+
+    def moving(self, shape: tuple[int, int], form: Format | None) -> int:
+        """Those of the pair."""
+        return self.rank * sum(shape)
 
     def optimizer(self, groups: Groups) -> torch.optim.Optimizer:
         """AdamW, paged if a budget is given."""

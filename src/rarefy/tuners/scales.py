@@ -15,6 +15,7 @@ all of one size, fit large and small scales alike; the paper moves s itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,7 @@ from rarefy.tuners.adapters import Recomputed, Training
 from rarefy.tuners.base import TUNERS, Adapter, MatrixView, Outcome
 
 if TYPE_CHECKING:
-    from rarefy.formats.base import Grid
+    from rarefy.formats.base import Format, Grid
 
 _LEAST = torch.finfo(torch.float16).tiny  # of a scale; smaller ones cannot be stored well
 
@@ -52,6 +53,11 @@ class Scales(Training):
         if grid is None or not grid.form.scaled:
             return None
         return _Scales(matrix, grid, self.relative)
+
+    def moving(self, shape: tuple[int, int], form: Format | None) -> int:
+        """One number for each stored scale."""
+        stored = form.layout(*shape) if form is not None and form.scaled else {}
+        return prod(stored["weight_scale"][0]) if "weight_scale" in stored else 0
 
 
 class _Scales(Recomputed):
