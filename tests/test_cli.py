@@ -224,3 +224,13 @@ def test_verbs_stay_verbs_after_their_subpackages_are_imported() -> None:
         importlib.import_module(name)
     verbs = ("compress", "evaluate", "compare", "plan", "methods", "export")
     assert all(callable(getattr(rarefy, verb)) for verb in verbs)
+
+
+def test_trainings_count_steps(work: Path) -> None:
+    recipe = work / "train.yaml"
+    stage = {"tuner": "full", "steps": 3, "text": {"rows": 4, "length": 16}}
+    recipe.write_text(yaml.safe_dump({"stages": [stage]}))
+    said = run("compress", work / "dense", "--recipe", recipe, "--out", work / "trained",
+               "--calibration", work / "text.jsonl", "--sequences", 4, "--length", 16)  # fmt: skip
+    assert "step 3 of 3" in said
+    assert "block 1 of 3" not in said

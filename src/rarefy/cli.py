@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,7 +112,9 @@ def compress(
 ) -> None:
     """Compress MODEL by a recipe into a new folder; run again after a stop, it goes on."""
     with console.meter("block") as meter:
-        watcher = Watcher(say=console.say, step=meter.step)
+        watcher = Watcher(
+            console.say, partial(meter.step, what="block"), partial(meter.step, what="step")
+        )
         data = Calibration(calibration, sequences, length, seed)
         try:
             done = rarefy.compress(
@@ -125,7 +128,7 @@ def compress(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"stopped after block {meter.done} of {meter.total}; "
+                f"stopped after {meter.what} {meter.done} of {meter.total}; "
                 "run the same command again to go on"
                 if meter.total
                 else "stopped before the first block was finished"

@@ -59,28 +59,29 @@ class Meter:
 
     Attributes:
         done, total: as last reported; total is 0 before the first report.
+        what: a step is called.
     """
 
     def __init__(self, bar: Progress | None, what: str) -> None:
         self.done = self.total = 0
         self._bar = bar
-        self._what = what
+        self.what = what
         self._start = time.perf_counter()
         self._task = None if bar is None else bar.add_task(what, total=None)
 
     def step(self, done: int, total: int, what: str = "") -> None:
         """Report that ``done`` of ``total`` steps are finished."""
         self.done, self.total = done, total
-        if what and what != self._what:
-            self._what, self._start = what, time.perf_counter()
+        if what and what != self.what:
+            self.what, self._start = what, time.perf_counter()
             if self._bar is not None and self._task is not None:
                 self._bar.reset(self._task)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, description=self._what)
+            self._bar.update(self._task, completed=done, total=total, description=self.what)
         elif done:
             spent = time.perf_counter() - self._start
             left = seconds(spent / done * (total - done))
-            say(f"{self._what} {done} of {total}, {seconds(spent)}, {left} left")
+            say(f"{self.what} {done} of {total}, {seconds(spent)}, {left} left")
 
 
 @contextmanager

@@ -48,10 +48,12 @@ class Watcher:
     Attributes:
         say: remarks for a person, one sentence each.
         step: (blocks done, blocks in all) after every block.
+        train: (steps done, steps in all) after every step of a training; None: as ``step``.
     """
 
     say: Callable[[str], None] = field(default=lambda text: None)
     step: Callable[[int, int], None] = field(default=lambda done, total: None)
+    train: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True)

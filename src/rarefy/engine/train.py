@@ -223,7 +223,7 @@ class _Training:
     def _after(self, progress: Progress) -> None:
         self.student.constrain()
         steps, say = self.tuner.loop.steps, self.job.watcher
-        say.step(progress.step, steps)
+        (say.train or say.step)(progress.step, steps)
         if progress.step % max(1, steps // _NEWS) == 0:
             say.say(f"step {progress.step} of {steps}: loss {progress.losses[-1]:.4f}")
         last = progress.step == steps
