@@ -133,7 +133,10 @@ def test_the_mixes_of_a_thirty_block_model() -> None:
     assert high == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29]
     _, small = mix_named("Q3_K_M")
     down = [type_for(small, f"blk.{i}.ffn_down.weight", 30, head=False) for i in (0, 1, 2, 3, 5)]
-    assert down == ["q5_k", "q5_k", "q4_k", "q3_k", "q4_k"]
+    assert down == ["q5_k", "q4_k", "q4_k", "q4_k", "q4_k"]
+    values = [type_for(small, f"blk.{i}.attn_v.weight", 30, head=False) for i in (0, 1, 2, 29)]
+    assert values == ["q5_k", "q5_k", "q4_k", "q4_k"]
+    assert type_for(small, "blk.0.ffn_down.weight", 2, head=False) == "q4_k"
     assert type_for(small, "output.weight", 30, head=True) == "q6_k"
     assert [fitting(n, 576) for n in ("q4_k", "q6_k", "q3_k", "q4_0", "f16")] == [
         "q5_0", "q8_0", "iq4_nl", "q4_0", "f16"

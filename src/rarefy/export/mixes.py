@@ -29,7 +29,8 @@ class Mix:
         base: of every matrix that is not named here.
         all: tensor of a block -> type in every block.
         high: tensor of a block -> type in the blocks that need more bits.
-        first: tensor of a block -> (share of the blocks, type) for the first of them.
+        first: tensor of a block -> (number of blocks, or share of them if below 1, and type) for
+            the first of them.
     """
 
     base: str
@@ -43,12 +44,11 @@ _MIXES = {
     "q3_k_s": Mix("q3_k"),
     "q3_k_m": Mix(
         "q3_k",
-        {"attn_v": "q4_k", "attn_output": "q4_k"},
-        {"ffn_down": "q4_k"},
-        {"attn_v": (1 / 16, "q5_k"), "ffn_down": (1 / 16, "q5_k")},
+        {"attn_v": "q4_k", "attn_output": "q4_k", "ffn_down": "q4_k"},
+        first={"attn_v": (2, "q5_k"), "ffn_down": (1 / 16, "q5_k")},
     ),
     "q3_k_l": Mix("q3_k", {"attn_v": "q5_k", "ffn_down": "q5_k", "attn_output": "q5_k"}),
-    "q4_k_s": Mix("q4_k", first={"attn_v": (1 / 8, "q5_k"), "ffn_down": (1 / 8, "q5_k")}),
+    "q4_k_s": Mix("q4_k", first={"attn_v": (4, "q5_k"), "ffn_down": (1 / 8, "q5_k")}),
     "q4_k_m": Mix("q4_k", high={"attn_v": "q6_k", "ffn_down": "q6_k"}),
     "q5_k_s": Mix("q5_k"),
     "q5_k_m": Mix("q5_k", high={"attn_v": "q6_k", "ffn_down": "q6_k"}),
@@ -88,8 +88,8 @@ def type_for(mix: Mix, name: str, blocks: int, *, head: bool) -> str:
     if found is None:
         return mix.base
     index, part = int(found[1]), found[2]
-    share, early = mix.first.get(part, (0.0, ""))
-    if index < max(1.0, share * blocks) and early:
+    count, early = mix.first.get(part, (0, ""))
+    if index < int(count if count >= 1 else count * blocks):
         return early
     if part in mix.high and _is_high(index, blocks):
         return mix.high[part]

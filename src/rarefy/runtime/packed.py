@@ -104,6 +104,10 @@ class PackedLinear(PackedMatrix):
         scale = torch.empty(1, device="meta") if rounding is not None and rounding.static else None
         self.register_buffer("input_scale", scale)
 
+    def round_by(self, rounding: Activation) -> None:
+        """Round inputs by another rule from here on, without a kernel of its own."""
+        self.rounding, self._round_and_multiply = rounding, None
+
     @property
     def rounding_kernel(self) -> Kernel | None:
         """What rounds inputs and multiplies, where there is such a kernel."""
