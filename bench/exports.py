@@ -58,6 +58,8 @@ OURS = (
 )
 PEER = ("Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
 SOLVED = ("gptq-q4_0", "gptq-iq4_nl")
+NEAR = 1e-5
+HALF = 2**-11  # a weight rounded to float16, which the reader of W8A8 does not do
 READER = 0.02  # KL between llama.cpp and the same weights in float32: its 8-bit activations
 
 
@@ -220,10 +222,19 @@ class Bench:
             ("W8A8 int-quantized", rounded, self._other(rounded, None)),
             ("FP8 float-quantized", self.source, self._other(self.source, "FP8")),
         ):
-            kl = self._stock(ours, folder)
-            what = "KL of stock transformers to " + ("dense" if "FP8" in name else "ours")
-            what += ", inputs rounded by its rule" if "W8A8" in name else ""
-            limit = {"FP8": 0.1, "W8A8": 1e-3}.get(name.split()[0], 1e-5)
+            short = name.split()[0]
+            kl, own, apart = self._stock(ours, folder)
+            if short == "FP8":
+                rows.append(
+                    _found(name, "KL of stock transformers to dense", kl, "<= 0.1", kl <= 0.1)
+                )
+                continue
+            what = "largest difference of a linear's output in stock transformers from ours"
+            near = HALF if short == "W8A8" else NEAR
+            rows.append(_found(name, what, apart, f"<= {near:.1e}", apart <= near))
+            what, limit = "KL of stock transformers to ours", NEAR
+            if short == "W8A8":  # see ReadersRule
+                what, limit = f"{what}, of which independent errors make", 2 * own
             rows.append(_found(name, what, kl, f"<= {limit:.2g}", kl <= limit))
         return rows
 
@@ -231,28 +242,53 @@ class Bench:
         out = self.work / f"ct-{kind or 'W8A8'}"
         return rarefy.export(source, out, format="compressed-tensors", type=kind)
 
-    def _stock(self, ours: Path, folder: Path) -> float:
-        """KL of stock transformers' logits to ours."""
+    def _stock(self, ours: Path, folder: Path) -> tuple[float, float, float]:
+        """Stock transformers beside ours.
+
+        Returns:
+            KL of its logits to ours, of ours to the dense model's, and the largest relative
+            difference of what one of the blocks' linears gives for the same input.
+        """
         model = load_model(ours)
         for module in model.modules():
             if isinstance(module, PackedLinear) and module.rounding is not None:
                 module.round_by(ReadersRule())
+        probes = {
+            name: torch.randn(1, 4, module.weight.shape[1])
+            for name, module in model.named_modules()
+            if name.startswith("model.layers.") and hasattr(module, "weight")
+            if len(module.weight.shape) == 2
+        }
+        np.savez(self.work / "probes.npz", **{name: x.numpy() for name, x in probes.items()})
         mine = np.load(self.store(model, self.work / "mine.npy"), mmap_mode="r")
         order, answer = self.work / "stock.json", self.work / "stock.npy"
-        order.write_text(json.dumps({"model": str(folder), "ids": self.ids}))
+        order.write_text(
+            json.dumps(
+                {"model": str(folder), "ids": self.ids, "probes": str(self.work / "probes.npz")}
+            )
+        )
         run_child([sys.executable, STOCK, order, answer], self.work / "stock.log")
-        return _kl(mine, np.load(answer, mmap_mode="r"))
+        dense, theirs = (np.load(file, mmap_mode="r") for file in (self.dense, answer))
+        given = np.load(answer.with_suffix(".npz"))
+        with torch.inference_mode():
+            apart = max(
+                float((model.get_submodule(name)(x) - (y := torch.from_numpy(given[name]))).norm())
+                / float(y.norm())
+                for name, x in probes.items()
+            )
+        return _kl(mine, theirs), _kl(dense, mine), apart
 
 
 class ReadersRule(IntActivation):
     """int8 as compressed-tensors rounds: the scale is the largest value over 127.5, not over 127.
 
-    Either rule is an honest rounding to 8 bits; with one of them on each side, two different
-    errors of the size of W8A8's own would be compared.
+    With the same rule and the same input a linear gives the same on both sides. Over a whole model
+    the last bit of a sum decides some codes, those decide more in the next block, and in the end
+    both sides have an error of the same size but not the same one.
     """
 
     def _dynamic(self, x: torch.Tensor) -> torch.Tensor:
-        return super()._dynamic(x) * (127 / 127.5)
+        return x.abs().amax(-1, keepdim=True) / 127.5
 
 
 def _kl(p: np.ndarray, q: np.ndarray) -> float:
