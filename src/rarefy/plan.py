@@ -296,11 +296,9 @@ def _moving(skeleton: Skeleton, tuner: ModelTuner) -> int:
         for block in range(len(skeleton.blocks))
         for node in skeleton.linears(block)
     }
-    norms = [node.path for node in skeleton.map.nodes if node.kind == "norm"]
+    norms = skeleton.norms
     found = sum(tuner.moving(skeleton.shape(n), skeleton.earlier.get(n)) for n in linears)
     for name, parameter in skeleton.model.named_parameters():
-        module = name.rpartition(".")[0]
-        norm = module == skeleton.map.final_norm or module.endswith(tuple(norms))
-        if module not in linears and tuner.moves(name, norm):
+        if name.rpartition(".")[0] not in linears and tuner.moves(name, name in norms):
             found += parameter.numel()
     return found

@@ -173,6 +173,17 @@ class Skeleton:
         family = self.model.config.model_type
         return ModelMap(family, blocks, (), (), embedding, "", head, proved=False)
 
+    @property
+    def norms(self) -> set[str]:
+        """Parameter names of the norms' weights."""
+        inside = {
+            f"{self.node_name(block, node)}.weight"
+            for block in range(len(self.blocks))
+            for node in self.nodes(block).nodes
+            if node.kind == "norm"
+        }
+        return inside | {f"{self.map.final_norm}.weight"}
+
     def node_name(self, block: int, node: Node) -> str:
         """Full module path of a node."""
         return f"{self.map.blocks}.{block}.{node.path}"

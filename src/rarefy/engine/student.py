@@ -118,7 +118,6 @@ def open_student(
     assert isinstance(tuner, ModelTuner)
     body, table = Skeleton(run.source, run.device), skeleton.map
     student = Student(skeleton, body)
-    norms = {f"{table.final_norm}.weight"}
     for index, block in enumerate(body.blocks):
         prefix = f"{table.blocks}.{index}"
         body.fill(block, prefix)
@@ -137,9 +136,8 @@ def open_student(
                 student.adapters[name] = adapter.to(run.device)
                 bias: Any = module.bias
                 block.set_submodule(node.path, Tuned(adapter, bias, rounding, scale))
-        nodes = skeleton.nodes(index).nodes
-        norms |= {f"{prefix}.{node.path}.weight" for node in nodes if node.kind == "norm"}
     _fill_outside(body)
+    norms = skeleton.norms
     for name, parameter in body.model.named_parameters():
         if ".adapter." not in name and tuner.moves(name, name in norms):
             parameter.requires_grad_()
