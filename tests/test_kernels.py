@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rarefy.errors import RarefyError
 from rarefy.formats.activation import IntActivation
 from rarefy.formats.integer import Int
-from rarefy.formats.packing import unpack
+from rarefy.formats.packing import pack, unpack
 from rarefy.kernels import library, ops_dense, ops_int
 from rarefy.runtime.packed import PackedEmbedding, PackedLinear, TiedHead
 
@@ -65,7 +65,8 @@ def cases(draw: st.DrawFn) -> tuple[Int, int, int, int]:
         draw(st.booleans()),
         scale_dtype=draw(st.sampled_from(("float16", "bfloat16"))),
     )
-    return fmt, draw(st.integers(1, 40)), columns, draw(st.integers(1, 20))
+    # One vector goes its own way, as decoding does.
+    return fmt, draw(st.integers(1, 40)), columns, draw(st.just(1) | st.integers(1, 20))
 
 
 def stored(fmt: Int, rows: int, columns: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -138,28 +139,62 @@ def test_decoded_rows_equal_the_format_bit_for_bit(
 @needs_library
 @levels
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("bits", [2, 4])
 def test_every_mantissa_times_every_code_is_rounded_as_decoding_does(
-    level: str, dtype: str
+    level: str, bits: int, dtype: str
 ) -> None:
     # Unit vectors pick single weights, so a product is exact or wrong. Ties are among them.
-    fmt = Int(4, 32, scale_dtype=dtype)
+    fmt, codes = Int(bits, 64, scale_dtype=dtype), 2**bits
     mantissas = 1024 if dtype == "float16" else 128
     first = 0x1400 if dtype == "float16" else 0x3B80
     scale = (torch.arange(mantissas) + first).to(torch.int16).view(getattr(torch, dtype))
-    rows = 16 * mantissas
-    nibbles = torch.arange(32) % 16
-    shifted = nibbles.reshape(4, 8) << torch.arange(0, 32, 4)
-    zero = torch.arange(rows) % 16
-    zeros = (zero.reshape(-1, 8) << torch.arange(0, 32, 4)).sum(1).to(torch.int32)
+    rows = codes * mantissas
+    zero = (torch.arange(rows) % codes).unsqueeze(1)
     tensors = {
-        "weight_packed": shifted.sum(1).to(torch.int32).expand(rows, 4).contiguous(),
-        "weight_scale": scale.repeat_interleave(16).unsqueeze(1),
-        "weight_zero_point": zeros.unsqueeze(1),
-        "weight_shape": torch.tensor([rows, 32]),
+        "weight_packed": pack((torch.arange(64) % codes).expand(rows, 64), bits),
+        "weight_scale": scale.repeat_interleave(codes).unsqueeze(1),
+        "weight_zero_point": pack(zero.T, bits).T.contiguous(),
+        "weight_shape": torch.tensor([rows, 64]),
     }
+    units = torch.eye(64)[:codes]
+    given = (*arguments(fmt, tensors), bits, 64)
     with limited(level):
-        found = ops_int.cpu_int_linear(torch.eye(32)[:16], *arguments(fmt, tensors), 4, 32)
-    assert torch.equal(found.T, fmt.decode(tensors)[:, :16])
+        together = ops_int.cpu_int_linear(units, *given)
+        alone = torch.cat([ops_int.cpu_int_linear(one.unsqueeze(0), *given) for one in units])
+    expected = fmt.decode(tensors)[:, :codes].T
+    assert torch.equal(together, expected)
+    assert torch.equal(alone, expected)
+
+
+@needs_library
+@levels
+@pytest.mark.parametrize("fmt", [Int(4, 64), Int(4, 32), Int(4), Int(2, 64), Int(8, 64)])
+@pytest.mark.parametrize("largest", [1.0, 1e4, 3e38, 1e-30])
+def test_one_number_that_exceeds_the_others_costs_no_accuracy(
+    level: str, fmt: Int, largest: float
+) -> None:
+    tensors, x = stored(fmt, 24, 1088), inputs(1, 1088)
+    x *= largest / x.abs().max() / 100
+    x[0, 700] = largest
+    expected = x.double() @ fmt.decode(tensors).double().T
+    with limited(level):
+        found = ops_int.cpu_int_linear(x, *arguments(fmt, tensors), fmt.bits, fmt.group or 0)
+    assert expected.abs().max() < 3.4e38
+    assert apart(found, expected) < 2e-6
+
+
+@needs_library
+@levels
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_not_hidden(level: str, wrong: float) -> None:
+    fmt = Int(4, 64)
+    tensors, x = stored(fmt, 24, 320), inputs(1, 320)
+    x[0, 100] = wrong
+    with limited(level):
+        found = ops_int.cpu_int_linear(x, *arguments(fmt, tensors), 4, 64)
+        nothing = ops_int.cpu_int_linear(torch.zeros(1, 320), *arguments(fmt, tensors), 4, 64)
+    assert not found.isfinite().any()
+    assert torch.equal(nothing, torch.zeros(1, 24))
 
 
 @needs_library

@@ -6,6 +6,7 @@
 
 #include "convert.h"
 #include "dispatch.h"
+#include "fixed.h"
 #include "pool.h"
 #include "scratch.h"
 
@@ -22,19 +23,17 @@ const IntKernels& kernels() {
 #endif
 }
 
-// The table for one type: T significant bits are kept of (2^(T-1) + mantissa) * (-15 .. 15).
+// 8 significant bits are kept of (128 + mantissa) * (-15 .. 15).
 struct Products {
-  uint8_t bytes[1024 * 64] = {};
+  uint8_t bytes[128 * 64] = {};
 
-  Products(int mantissas, float rounder) {
-    for (int mantissa = 0; mantissa < mantissas; ++mantissa) {
+  Products() {
+    for (int mantissa = 0; mantissa < 128; ++mantissa) {
       for (int k = -15; k <= 15; ++k) {
-        const float exact = static_cast<float>((mantissas + mantissa) * k);
-        const float rounded = round_to(exact, rounder);
-        const uint32_t both = rounder == 8192.0f ? static_cast<uint32_t>(static_cast<int>(rounded))
-                                                 : bits_as<uint32_t>(rounded) >> 16;
-        bytes[mantissa * 64 + 15 + k] = static_cast<uint8_t>(both);
-        bytes[mantissa * 64 + 32 + 15 + k] = static_cast<uint8_t>(both >> 8);
+        const float rounded = round_to(static_cast<float>((128 + mantissa) * k), 65536.0f);
+        const uint32_t bits = bits_as<uint32_t>(rounded);
+        bytes[mantissa * 64 + 15 + k] = static_cast<uint8_t>(bits >> 16);
+        bytes[mantissa * 64 + 32 + 15 + k] = static_cast<uint8_t>(bits >> 24);
       }
     }
   }
@@ -43,13 +42,14 @@ struct Products {
 }  // namespace
 
 const uint8_t* products_of_mantissas(int scale_type) {
-  static const Products half(1024, 8192.0f), bfloat(128, 65536.0f);
-  return scale_type == RAREFY_SCALE_F16 ? half.bytes : bfloat.bytes;
+  static const Products bfloat;
+  return scale_type == RAREFY_SCALE_F16 ? bytes_of_mantissas(scale_type) : bfloat.bytes;
 }
 
 int64_t int_scratch(const rarefy_matrix& m) {
-  // Scales and zero points of four rows, and one decoded row.
-  return 8 * round_up(groups_of(m), 16) + round_up(m.columns, 64);
+  // Scales and zero points of four rows, and one decoded row or those of their parts.
+  const int64_t row = round_up(m.columns, 64), parts = 8 * round_up(ceil_div(m.columns, 32), 16);
+  return 8 * round_up(groups_of(m), 16) + std::max(row, parts);
 }
 
 bool sound(const rarefy_matrix& m) {
@@ -68,9 +68,33 @@ int64_t rows_per_part(const rarefy_matrix& m, int threads) {
   return round_up(std::max<int64_t>(1, std::min(large, fair)), kRows);
 }
 
+namespace {
+
+// One vector, in fixed point.
+void matvec_fixed(const FixedKernels& k, const rarefy_matrix& m, const float* x, float* y, Pool& pool,
+                  int threads) {
+  static thread_local Scratch memory;
+  const int64_t own = round_up(int_scratch(m), 16);
+  const int64_t columns = round_up(m.columns, kWidest);
+  float* scratch = static_cast<float*>(memory.take((columns + threads * own) * 4));
+  int16_t* limbs = reinterpret_cast<int16_t*>(scratch + threads * own);
+  const FixedProduct p{&m, limbs, k.arrange(m, x, limbs), y};
+  const int64_t size = rows_per_part(m, threads);
+  pool.each(threads, ceil_div(m.rows, size), [&](int64_t part, int thread) {
+    const int64_t row0 = part * size, row1 = std::min(m.rows, row0 + size);
+    k.product(p, row0, row1, scratch + thread * own);
+  });
+}
+
+}  // namespace
+
 int matvec_int(const rarefy_matrix& m, const float* x, float* y, int64_t vectors, Pool& pool,
                int threads) {
   if (!sound(m)) return RAREFY_UNSUPPORTED;
+  if (vectors == 1 && fixed_kernels().suits(m)) {
+    matvec_fixed(fixed_kernels(), m, x, y, pool, std::max(1, threads));
+    return RAREFY_DONE;
+  }
   static thread_local Scratch memory;
   const IntKernels& k = kernels();
   const int64_t stride = round_up(m.columns, 64), own = round_up(int_scratch(m), 16);

@@ -40,9 +40,7 @@ int together(int64_t vectors);
 // Rows that a thread takes at a time: enough for the processor to read ahead.
 int64_t rows_per_part(const rarefy_matrix& m, int threads);
 
-// The binary16 or bfloat16 roundings of (integer mantissa) x (-15 .. 15), as two bytes of 16-bit
-// integers (float16) or as bfloat16: for each mantissa 32 low bytes, then 32 high bytes. The
-// sixteen values of a group with zero point z begin at byte 15 - z.
+// As bytes_of_mantissas in fixed.h, but for bfloat16 the bytes of bfloat16 numbers.
 const uint8_t* products_of_mantissas(int scale_type);
 
 extern const IntKernels int_portable;

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include "mantissas.h"
 #include "rows.h"
 
 namespace rarefy {
@@ -96,46 +97,12 @@ struct Mantissas {
   const int32_t* offset;
 
   void read(const rarefy_matrix& m, int64_t row, float* scratch) {
-    const int64_t groups = groups_of(m);
-    const bool half = m.scale_type == RAREFY_SCALE_F16;
-    const int shift = half ? 13 : 16, mask = half ? 1023 : 127;
     // Integers are read in the upper half of a word; bfloat16 is read as it is.
-    const float unit = half ? 1.0f / (1024.0f * 65536.0f) : 1.0f / 128.0f;
-    float* p = scratch;
-    int32_t* at = reinterpret_cast<int32_t*>(scratch + round_up(groups, 16));
+    const float unit = m.scale_type == RAREFY_SCALE_F16 ? 1.0f / 65536.0f : 1.0f;
+    int32_t* at = reinterpret_cast<int32_t*>(scratch + round_up(groups_of(m), 16));
+    read_mantissas(m, row, unit, scratch, at);
     products = products_of_mantissas(m.scale_type);
-    const uint16_t* scales = static_cast<const uint16_t*>(m.scales) + row * groups;
-    const int64_t place = row * 4;
-    const bool packed = !m.symmetric && m.zeros != nullptr;
-    const uint32_t* words = static_cast<const uint32_t*>(m.zeros) + (packed ? place / 32 * groups : 0);
-    const __m128i down = _mm_cvtsi32_si128(static_cast<int>(place % 32));
-    const __m256i first = _mm256_set1_epi32(15);
-    __m256i zero = _mm256_set1_epi32(8);
-    for (int64_t g = 0; g < groups; g += 8) {  // the last eight go beyond the row, but not in memory
-      alignas(32) uint32_t near[8] = {};
-      alignas(16) uint16_t few[8] = {};
-      const int64_t left = groups - g;
-      if (left < 8) {
-        std::memcpy(few, scales + g, static_cast<size_t>(left) * sizeof(uint16_t));
-        if (packed) std::memcpy(near, words + g, static_cast<size_t>(left) * sizeof(uint32_t));
-      }
-      const __m128i stored =
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(left < 8 ? few : scales + g));
-      const __m256i bits = half ? _mm256_castps_si256(_mm256_cvtph_ps(stored))
-                                : _mm256_slli_epi32(_mm256_cvtepu16_epi32(stored), 16);
-      if (packed) {
-        const __m256i word =
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(left < 8 ? near : words + g));
-        zero = _mm256_and_si256(_mm256_srl_epi32(word, down), first);
-      }
-      const __m256i mantissa =
-          _mm256_and_si256(_mm256_srli_epi32(bits, shift), _mm256_set1_epi32(mask));
-      const __m256i begin = _mm256_sub_epi32(_mm256_slli_epi32(mantissa, 6), zero);
-      const __m256i power = _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xFF800000u)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + g), _mm256_add_epi32(begin, first));
-      _mm256_storeu_ps(p + g, _mm256_mul_ps(_mm256_castsi256_ps(power), _mm256_set1_ps(unit)));
-    }
-    power = p;
+    power = scratch;
     offset = at;
   }
 

@@ -6,6 +6,7 @@
 #include "convert.h"
 #include "dense.h"
 #include "dispatch.h"
+#include "fixed.h"
 #include "integer.h"
 #include "lut.h"
 #include "pool.h"
@@ -28,13 +29,19 @@ float* room(Scratch& scratch, int64_t floats) {
 
 }  // namespace
 
-const float* RowWorker::arrange(const rarefy_matrix& matrix, const float* x) {
-  const int64_t stride = round_up(matrix.columns, 64);
+void* RowWorker::arrange(const rarefy_matrix& matrix, const float* x) {
+  const int64_t stride = round_up(matrix.columns, kWidest);
   float* out = room(arranged_, stride);
-  if (from_ != x || bits_ != matrix.bits || columns_ != matrix.columns || group_ != matrix.group) {
-    integers().arrange(matrix, x, out, stride);
+  if (from_ != x || bits_ != matrix.bits || scale_type_ != matrix.scale_type ||
+      columns_ != matrix.columns || group_ != matrix.group) {
+    if (fixed_kernels().suits(matrix)) {
+      unit_ = fixed_kernels().arrange(matrix, x, reinterpret_cast<int16_t*>(out));
+    } else {
+      integers().arrange(matrix, x, out, stride);
+    }
     from_ = x;
     bits_ = matrix.bits;
+    scale_type_ = matrix.scale_type;
     columns_ = matrix.columns;
     group_ = matrix.group;
   }
@@ -50,9 +57,16 @@ int RowWorker::product(const rarefy_matrix& matrix, const float* x, float* y, in
       dense().product(matrix, x, y - row0, 1, row0, row1);
       return RAREFY_DONE;
     case RAREFY_INT: {
-      const int64_t stride = round_up(matrix.columns, 64);
-      const IntProduct job{&matrix, arrange(matrix, x), stride, 1, y - row0, 1};
-      integers().product(job, row0, row1, room(scratch_, int_scratch(matrix)));
+      float* scratch = room(scratch_, int_scratch(matrix));
+      void* arranged = arrange(matrix, x);
+      if (fixed_kernels().suits(matrix)) {
+        const FixedProduct job{&matrix, static_cast<int16_t*>(arranged), unit_, y - row0};
+        fixed_kernels().product(job, row0, row1, scratch);
+      } else {
+        const int64_t stride = round_up(matrix.columns, kWidest);
+        const IntProduct job{&matrix, static_cast<float*>(arranged), stride, 1, y - row0, 1};
+        integers().product(job, row0, row1, scratch);
+      }
       return RAREFY_DONE;
     }
     case RAREFY_BCQ:

@@ -31,13 +31,15 @@ class RowWorker {
   int decode(const rarefy_matrix& matrix, int64_t row0, int64_t row1, float* out);
 
  private:
-  const float* arrange(const rarefy_matrix& matrix, const float* x);
+  // The vector as floats or as limbs, whichever the product of such a matrix takes.
+  void* arrange(const rarefy_matrix& matrix, const float* x);
 
   Scratch arranged_, scratch_;
   Rounded rounded_;
   const float* from_ = nullptr;  // what arranged_ was made of, and for which codes
   int64_t columns_ = 0, group_ = 0;
-  int32_t bits_ = 0;
+  int32_t bits_ = 0, scale_type_ = 0;
+  float unit_ = 0.0f;
 };
 
 // Whether there is a product for such a matrix, of a vector as it is or of a rounded one.
