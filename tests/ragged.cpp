@@ -163,6 +163,7 @@ struct Model {
       case 2:  // rounded inputs, each vector with a scale of its own
         made.matrix = integers(8, rows, columns, 0);
         made.rounded = 1;
+        made.outlier = number % 3 ? 0.0 : 1.0;
         break;
       case 3:  // rounded inputs with a stored scale
         made.matrix = integers(4, rows, columns, 8);

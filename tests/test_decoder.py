@@ -132,6 +132,11 @@ def test_compressed_models_give_the_logits_of_their_decoded_matrices(
         assert {p.dtype for p in model.parameters()} <= {torch.bfloat16, torch.float32}
 
 
+def relative(found: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Error of each row in norm."""
+    return (found - want).norm(dim=1) / want.norm(dim=1)
+
+
 ROUNDED: dict[str, dict[str, Any]] = {
     "token": {**ROW8, "symmetric": True, "input": {"format": "int", "bits": 8}},
     "tensor": {**ROW8, "input": {"format": "int", "bits": 8, "per": "tensor", "dynamic": False}},
@@ -161,14 +166,40 @@ def test_inputs_are_rounded_as_the_recipe_says(family: str, which: str, tmp_path
             module.rounding = None
     exact = expected(model)[READ - 1 :]
 
-    def errors(other: torch.Tensor) -> torch.Tensor:
-        return (other - want).norm(dim=1) / want.norm(dim=1)
-
     # A sum in another order may push an input over the edge between two codes, and rarely does.
-    found, unrounded = errors(torch.stack(got)), errors(exact)
+    found, unrounded = relative(torch.stack(got), want), relative(exact, want)
     assert found.median() < CLOSE
     assert found.max() < 0.02
     assert unrounded.median() > 100 * found.median()
+
+
+@native
+@pytest.mark.parametrize("weights", [{**ROW8, "symmetric": True}, {**ROW8, "group": 16}])
+def test_outliers_are_apart_as_in_transformers(weights: dict[str, Any], tmp_path: Path) -> None:
+    dense, recipe = save_tiny("llama", tmp_path / "dense"), tmp_path / "r.yaml"
+
+    def made(threshold: float) -> Path:
+        table = {"*": {**weights, "input": {"format": "llm-int8", "threshold": threshold}}}
+        recipe.write_text(yaml.safe_dump({"stages": [{"solver": "nearest", "schemes": table}]}))
+        return rarefy.compress(dense, recipe, tmp_path / f"{threshold}").path
+
+    def answers(loop: Decoder | PlainLoop) -> torch.Tensor:
+        # Tokens that are read together share their outliers; the last of a prompt is read alone.
+        if isinstance(loop, PlainLoop):
+            loop.feed(IDS[: READ - 1])
+            loop.step(IDS[READ - 1])
+        else:
+            loop.feed(IDS[:READ])
+        return torch.stack([loop.step(token).clone() for token in IDS[READ:]])
+
+    folder = made(1.5)
+    loop, obstacle = open_loop(folder)
+    assert isinstance(loop, Decoder), obstacle
+    want, got = answers(PlainLoop(load_model(folder))), answers(loop)
+    without = answers(open_loop(made(1e9))[0])
+    assert relative(got, want).median() < CLOSE
+    assert relative(got, want).max() < 0.02
+    assert relative(without, want).median() > 100 * CLOSE
 
 
 @native

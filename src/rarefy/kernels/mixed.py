@@ -16,7 +16,7 @@ from rarefy.formats.packing import unpack
 from rarefy.kernels import ops_int
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -108,11 +108,22 @@ class MixedKernel:
         self, x: Tensor, packed: Mapping[str, Tensor], scale: Tensor | None = None
     ) -> Tensor:
         """See :meth:`Kernel.product`."""
+        return self._by(ops_int.int8_linear, x, packed)
+
+    def direct(
+        self, x: Tensor, packed: Mapping[str, Tensor], scale: Tensor | None = None
+    ) -> Tensor:
+        """The same on the CPU, and not as an operator, which would import torch's compiler."""
+        return self._by(ops_int.cpu_int8_linear, x, packed)
+
+    def _by(
+        self, operator: Callable[..., Tensor], x: Tensor, packed: Mapping[str, Tensor]
+    ) -> Tensor:
         apart = self.rounding.outliers(x)
         codes, scales = packed["weight_packed"], packed["weight_scale"]
         zeros, group = packed.get("weight_zero_point"), self.fmt.group or 0
         inner = x.masked_fill(apart, 0)
-        y = ops_int.int8_linear(inner, codes, scales, zeros, None, self.fmt.bits, group)
+        y = operator(inner, codes, scales, zeros, None, self.fmt.bits, group)
         columns = apart.nonzero().squeeze(1)
         return add_outliers(y, x, columns, None, (self.fmt, packed))
 

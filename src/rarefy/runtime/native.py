@@ -11,10 +11,12 @@ from torch import nn
 
 from rarefy.errors import RarefyError
 from rarefy.formats.integer import Int
+from rarefy.formats.llm_int8 import LLMInt8
 from rarefy.kernels import library
 from rarefy.kernels.bind import Int8Kernel, kernel_for
 from rarefy.kernels.call import multiply
 from rarefy.kernels.library import Matrix
+from rarefy.kernels.mixed import MixedKernel
 from rarefy.kernels.ops_int import describe
 from rarefy.runtime.factored import Factored
 from rarefy.runtime.packed import PackedLinear, PackedMatrix, TiedHead
@@ -36,7 +38,7 @@ class _Linear(ctypes.Structure):
 
     _fields_ = (
         *(("matrix", Matrix), ("first", Matrix), ("bias", _AT), ("row", _I64), ("rows", _I64)),
-        *(("input_scale", _AT), ("rounded", _I64)),
+        *(("input_scale", _AT), ("rounded", _I64), ("outlier", ctypes.c_double)),
     )
 
 
@@ -191,6 +193,8 @@ class _Kept:
         )  # fmt: skip
         if isinstance(last, PackedLinear) and last.rounding is not None:
             found.input_scale = self.vector(last.input_scale)
+            if isinstance(last.rounding, LLMInt8):
+                found.outlier = last.rounding.threshold
         if first is not None:
             found.first = self._counting(first)
         return found
@@ -265,9 +269,11 @@ class _Kept:
         return tensor.data_ptr()
 
 
-def int8_kernel(module: nn.Module | None) -> Int8Kernel | None:
+def int8_kernel(module: nn.Module | None) -> Int8Kernel | MixedKernel | None:
     """The product of a linear whose inputs become int8 codes, whatever their number."""
     kernel = module.rounding_kernel if isinstance(module, PackedLinear) else None
+    if isinstance(kernel, MixedKernel):
+        return kernel if kernel.fmt.bits == 8 else None
     return kernel if type(kernel) is Int8Kernel else None
 
 

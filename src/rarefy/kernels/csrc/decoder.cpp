@@ -218,7 +218,9 @@ class Decoder {
   static void apply(const rarefy_linear& linear, const float* x, float* out, int64_t a, int64_t b,
                     Local& local) {
     const int64_t row0 = linear.row + a, row1 = linear.row + b;
-    if (linear.rounded) {
+    if (linear.rounded && linear.outlier > 0) {
+      local.rows.product_mixed(linear.matrix, x, static_cast<float>(linear.outlier), out, row0, row1);
+    } else if (linear.rounded) {
       local.rows.product_int8(linear.matrix, x, linear.input_scale, out, row0, row1);
     } else {
       local.rows.product(linear.matrix, x, out, row0, row1);
@@ -268,6 +270,7 @@ class Decoder {
 };
 
 bool runs(const rarefy_linear& linear) {
+  if (linear.outlier > 0 && linear.matrix.bits != 8) return false;
   if (linear.first.rows == 0) return has_rows(linear.matrix, linear.rounded != 0);
   return linear.rounded == 0 && has_rows(linear.matrix) && has_rows(linear.first);
 }

@@ -19,6 +19,7 @@ struct rarefy_linear {
   int64_t row, rows;
   const float* input_scale;  // of inputs that are rounded, or null: each vector's own
   int64_t rounded;           // inputs become int8 codes; not with `first`
+  double outlier;            // inputs at least as large do not, if it is positive; 8-bit weights only
 };
 
 // Pre-norm attention with grouped queries, then a gated MLP. Blocks may differ in width.

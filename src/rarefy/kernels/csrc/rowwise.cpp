@@ -1,6 +1,7 @@
 #include "rowwise.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "convert.h"
@@ -22,6 +23,24 @@ const DenseKernels& dense() { return pick(&dense_portable, &dense_avx2, &dense_a
 const IntKernels& integers() { return int_portable; }
 const DenseKernels& dense() { return dense_portable; }
 #endif
+
+float scale_at(const rarefy_matrix& m, int64_t at) {
+  if (m.scale_type == RAREFY_SCALE_F32) return static_cast<const float*>(m.scales)[at];
+  const uint16_t half = static_cast<const uint16_t*>(m.scales)[at];
+  return m.scale_type == RAREFY_SCALE_F16 ? from_f16(half) : from_bf16(half);
+}
+
+// One weight of an 8-bit matrix.
+float weight_at(const rarefy_matrix& m, int64_t row, int64_t column) {
+  const int64_t groups = groups_of(m), g = groups > 1 ? column / m.group : 0;
+  int zero = 128;
+  if (!m.symmetric && m.zeros != nullptr) {
+    const uint32_t word = static_cast<const uint32_t*>(m.zeros)[row / 4 * groups + g];
+    zero = static_cast<int>(word >> row % 4 * 8 & 255);
+  }
+  const float code = static_cast<float>(row_codes(m, row)[column] - zero);
+  return round_to(code * scale_at(m, row * groups + g), rounder_of(m));
+}
 
 float* room(Scratch& scratch, int64_t floats) {
   return static_cast<float*>(scratch.take(floats * static_cast<int64_t>(sizeof(float))));
@@ -77,6 +96,31 @@ int RowWorker::product(const rarefy_matrix& matrix, const float* x, float* y, in
     default:
       return RAREFY_UNSUPPORTED;
   }
+}
+
+int RowWorker::product_mixed(const rarefy_matrix& matrix, const float* x, float outlier, float* y,
+                             int64_t row0, int64_t row1) {
+  if (matrix.kind != RAREFY_INT || matrix.bits != 8) return RAREFY_UNSUPPORTED;
+  float* calm = room(calm_, matrix.columns);
+  if (mixed_ != x || outlier_ != outlier) {
+    apart_.clear();
+    for (int64_t j = 0; j < matrix.columns; ++j) {
+      const bool large = std::abs(x[j]) >= outlier;
+      calm[j] = large ? 0.0f : x[j];
+      if (large) apart_.push_back(j);
+    }
+    rounded_.renew();
+    mixed_ = x;
+    outlier_ = outlier;
+  }
+  const int status = rounded_.product(matrix, calm, nullptr, y, row0, row1);
+  if (status != RAREFY_DONE) return status;
+  for (int64_t row = row0; row < row1; ++row) {
+    float sum = 0.0f;
+    for (const int64_t j : apart_) sum += x[j] * weight_at(matrix, row, j);
+    y[row - row0] += sum;
+  }
+  return RAREFY_DONE;
 }
 
 int RowWorker::decode(const rarefy_matrix& matrix, int64_t row0, int64_t row1, float* out) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "integer8.h"
 #include "matrix.h"
@@ -14,7 +15,7 @@ class RowWorker {
  public:
   // What was prepared is out of date: the vectors have changed.
   void renew() {
-    from_ = nullptr;
+    from_ = mixed_ = nullptr;
     rounded_.renew();
   }
 
@@ -27,6 +28,11 @@ class RowWorker {
     return rounded_.product(matrix, x, input_scale, y, row0, row1);
   }
 
+  // The same, but numbers of at least `outlier` stay as they are, and the scale is that of the others
+  // (LLM.int8()). For 8-bit codes.
+  int product_mixed(const rarefy_matrix& matrix, const float* x, float outlier, float* y,
+                    int64_t row0, int64_t row1);
+
   // out[row1 - row0, n] = those rows as float32. Returns a rarefy_status.
   int decode(const rarefy_matrix& matrix, int64_t row0, int64_t row1, float* out);
 
@@ -34,12 +40,15 @@ class RowWorker {
   // The vector as floats or as limbs, whichever the product of such a matrix takes.
   void* arrange(const rarefy_matrix& matrix, const float* x);
 
-  Scratch arranged_, scratch_;
+  Scratch arranged_, scratch_, calm_;
   Rounded rounded_;
   const float* from_ = nullptr;  // what arranged_ was made of, and for which codes
   int64_t columns_ = 0, group_ = 0;
   int32_t bits_ = 0, scale_type_ = 0;
   float unit_ = 0.0f;
+  const float* mixed_ = nullptr;  // what calm_ was made of: the vector without its outliers
+  float outlier_ = 0.0f;
+  std::vector<int64_t> apart_;  // where those are
 };
 
 // Whether there is a product for such a matrix, of a vector as it is or of a rounded one.
