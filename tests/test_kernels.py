@@ -168,7 +168,9 @@ def test_every_mantissa_times_every_code_is_rounded_as_decoding_does(
 
 @needs_library
 @levels
-@pytest.mark.parametrize("fmt", [Int(4, 64), Int(4, 32), Int(4), Int(3, 64), Int(2, 64), Int(8, 64)])
+@pytest.mark.parametrize(
+    "fmt", [Int(4, 64), Int(4, 32), Int(4), Int(3, 64), Int(2, 64), Int(8, 64)]
+)
 @pytest.mark.parametrize("largest", [1.0, 1e4, 3e38, 1e-30])
 def test_one_number_that_exceeds_the_others_costs_no_accuracy(
     level: str, fmt: Int, largest: float
