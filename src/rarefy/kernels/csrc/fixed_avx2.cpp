@@ -109,21 +109,9 @@ struct Octets {
   }
 };
 
-bool suits(const rarefy_matrix& m) {
-  return fixed_suits<Octets<4>>(m) || fixed_suits<Octets<2>>(m);
-}
-
-float arrange(const rarefy_matrix& m, const float* x, int16_t* out) {
-  return m.bits == 2 ? fixed_arrange<Octets<2>>(m, x, out) : fixed_arrange<Octets<4>>(m, x, out);
-}
-
-void product(const FixedProduct& p, int64_t row0, int64_t row1, float* scratch) {
-  if (p.matrix->bits == 2) return fixed_of<Octets<2>>(p, row0, row1, scratch);
-  fixed_of<Octets<4>>(p, row0, row1, scratch);
-}
-
 }  // namespace
 
-extern const FixedKernels fixed_avx2 = {suits, arrange, product};
+extern const FixedKernels fixed_avx2 = {Widths<Octets>::suits, Widths<Octets>::arrange,
+                                        Widths<Octets>::product};
 
 }  // namespace rarefy

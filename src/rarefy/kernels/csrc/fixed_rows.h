@@ -253,5 +253,22 @@ float fixed_arrange(const rarefy_matrix& m, const float* x, int16_t* out) {
   return step.unit;
 }
 
+// Every width of codes; Octets<bits> is the policy.
+template <template <int> class Octets>
+struct Widths {
+  static bool suits(const rarefy_matrix& m) {
+    return fixed_suits<Octets<4>>(m) || fixed_suits<Octets<2>>(m);
+  }
+
+  static float arrange(const rarefy_matrix& m, const float* x, int16_t* out) {
+    return m.bits == 2 ? fixed_arrange<Octets<2>>(m, x, out) : fixed_arrange<Octets<4>>(m, x, out);
+  }
+
+  static void product(const FixedProduct& p, int64_t row0, int64_t row1, float* scratch) {
+    if (p.matrix->bits == 2) return fixed_of<Octets<2>>(p, row0, row1, scratch);
+    fixed_of<Octets<4>>(p, row0, row1, scratch);
+  }
+};
+
 }  // namespace
 }  // namespace rarefy
