@@ -187,6 +187,19 @@ def test_one_number_that_exceeds_the_others_costs_no_accuracy(
 
 @needs_library
 @levels
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("group", [32, 48, 64, 96, 128, 192, 256, 512])
+def test_rows_of_many_groups_of_any_number_of_steps(level: str, group: int, bits: int) -> None:
+    fmt, columns = Int(bits, group), 35 * group + 40
+    tensors, x = stored(fmt, 7, columns), inputs(1, columns)
+    expected = x.double() @ fmt.decode(tensors).double().T
+    with limited(level):
+        found = ops_int.cpu_int_linear(x, *arguments(fmt, tensors), bits, group)
+    assert apart(found, expected) < 1e-5
+
+
+@needs_library
+@levels
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_not_hidden(level: str, wrong: float) -> None:
     fmt = Int(4, 64)

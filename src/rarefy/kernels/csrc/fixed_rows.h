@@ -51,15 +51,32 @@ int64_t fixed_room(const rarefy_matrix& m) {
   return 2 * round_up(groups_of(m), 16) + 2 * round_up(ceil_div(m.columns, 16 * 8 / W::bits), 16);
 }
 
+// How many parts of a row share a group's place. Where they are 2^shift whole blocks, a block's number
+// says which; other groups have their places written out part by part.
 template <class W, int Parts>
-Places places_of(const rarefy_matrix& m, int64_t row, float* scratch) {
-  constexpr int64_t part = Block<W>::columns / Parts;
+struct Share {
+  static constexpr int64_t part = Block<W>::columns / Parts;
+  int64_t each;
+  int shift = 0;
+
+  explicit Share(const rarefy_matrix& m) : each(columns_of_group(m, part) / part) {
+    if (groups_of(m) == 1) each = int64_t{1} << 32;
+    if (Parts > 1 || (each & (each - 1)) != 0) return;
+    for (; each > 1; each /= 2) ++shift;
+  }
+
+  RAREFY_INLINE int64_t place(int64_t block) const {
+    return Parts == 1 ? block >> shift : block * Parts;
+  }
+};
+
+template <class W, int Parts>
+Places places_of(const rarefy_matrix& m, int64_t row, int64_t each, float* scratch) {
   const int64_t groups = groups_of(m), own = round_up(groups, 16);
   const Places found{scratch, reinterpret_cast<int32_t*>(scratch + own)};
   W::read(m, row, found.power, found.offset);
-  const int64_t each = columns_of_group(m, part) / part;
   if (each == 1) return found;
-  const int64_t parts = ceil_div(m.columns, part), all = round_up(parts, 16);
+  const int64_t parts = ceil_div(m.columns, Block<W>::columns / Parts), all = round_up(parts, 16);
   scratch += 2 * own;
   const Places spread{scratch, reinterpret_cast<int32_t*>(scratch + all)};
   int64_t at = 0;
@@ -101,8 +118,9 @@ RAREFY_INLINE inline typename W::V fixed_block(typename W::I codes, const int16_
 template <class W, int R, int Parts>
 void fixed_of_rows(const FixedProduct& p, int64_t row0, int64_t apart, float* scratch) {
   using B = Block<W>;
-  constexpr int near_blocks = kNearParts / Parts;
   const rarefy_matrix& m = *p.matrix;
+  const Share<W, Parts> share(m);
+  const int64_t near_blocks = int64_t{kNearParts / Parts} << share.shift;
   const int64_t all = ceil_div(m.columns, B::columns), bytes = m.words_per_row * 4;
   const int64_t whole = at_most(all, bytes / B::bytes), room = fixed_room<W>(m);
   const uint8_t* codes[R];
@@ -111,7 +129,7 @@ void fixed_of_rows(const FixedProduct& p, int64_t row0, int64_t apart, float* sc
   RAREFY_UNROLL
   for (int r = 0; r < R; ++r) {
     codes[r] = row_codes(m, row0 + r * apart);
-    row[r] = places_of<W, Parts>(m, row0 + r * apart, scratch + r * room);
+    row[r] = places_of<W, Parts>(m, row0 + r * apart, share.each, scratch + r * room);
     total[r] = W::zero();
   }
   const auto* integers = W::integers(m);
@@ -119,28 +137,27 @@ void fixed_of_rows(const FixedProduct& p, int64_t row0, int64_t apart, float* sc
     alignas(64) float memory[R][2 * kNearParts];
     Places near[R];
     RAREFY_UNROLL
-    for (int r = 0; r < R; ++r) near[r] = row[r].near(memory[r], first * Parts);
+    for (int r = 0; r < R; ++r) near[r] = row[r].near(memory[r], share.place(first));
     const int64_t some = at_most(whole - first, near_blocks);
     const int16_t* x = p.x + first * 2 * B::columns;
     for (int64_t b = 0; b < some; ++b) {
+      const int64_t place = share.place(b);
       RAREFY_UNROLL
       for (int r = 0; r < R; ++r) {
         const uint8_t* at = codes[r] + (first + b) * B::bytes;
         total[r] = fixed_block<W, Parts>(W::codes(at), x + b * 2 * B::columns, integers,
-                                         near[r].offset + b * Parts, near[r].power + b * Parts,
-                                         total[r]);
+                                         near[r].offset + place, near[r].power + place, total[r]);
         ahead(at + kFetched);
       }
     }
     if (first + near_blocks < all || whole == all) continue;
-    const int64_t b = whole - first;  // what is left of the row
+    const int64_t b = whole - first, place = share.place(b);  // what is left of the row
     RAREFY_UNROLL
     for (int r = 0; r < R; ++r) {
       const typename W::I last =
           W::codes(codes[r] + whole * B::bytes, static_cast<int>(bytes - whole * B::bytes));
       total[r] = fixed_block<W, Parts>(last, x + b * 2 * B::columns, integers,
-                                       near[r].offset + b * Parts, near[r].power + b * Parts,
-                                       total[r]);
+                                       near[r].offset + place, near[r].power + place, total[r]);
     }
   }
   RAREFY_UNROLL

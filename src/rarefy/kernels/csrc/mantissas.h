@@ -25,22 +25,13 @@ inline void read_mantissas(const rarefy_matrix& m, int64_t row, float unit, floa
   const __m256i first = _mm256_set1_epi32(15);
   const __m256i codes = _mm256_set1_epi32((1 << m.bits) - 1);
   __m256i zero = _mm256_set1_epi32(1 << (m.bits - 1));
-  for (int64_t g = 0; g < groups; g += 8) {  // the last eight go beyond the row, but not in memory
-    alignas(32) uint32_t near[8] = {};
-    alignas(16) uint16_t few[8] = {};
-    const int64_t left = groups - g;
-    if (left < 8) {
-      std::memcpy(few, scales + g, static_cast<size_t>(left) * sizeof(uint16_t));
-      if (packed) std::memcpy(near, words + g, static_cast<size_t>(left) * sizeof(uint32_t));
-    }
-    const __m128i stored =
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(left < 8 ? few : scales + g));
-    const __m256i bits = half ? _mm256_castps_si256(_mm256_cvtph_ps(stored))
-                              : _mm256_slli_epi32(_mm256_cvtepu16_epi32(stored), 16);
+  const auto eight = [&](int64_t g, const void* stored, const void* word) RAREFY_INLINE {
+    const __m128i sixteen = _mm_loadu_si128(static_cast<const __m128i*>(stored));
+    const __m256i bits = half ? _mm256_castps_si256(_mm256_cvtph_ps(sixteen))
+                              : _mm256_slli_epi32(_mm256_cvtepu16_epi32(sixteen), 16);
     if (packed) {
-      const __m256i word =
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(left < 8 ? near : words + g));
-      zero = _mm256_and_si256(_mm256_srl_epi32(word, down), codes);
+      const __m256i found = _mm256_loadu_si256(static_cast<const __m256i*>(word));
+      zero = _mm256_and_si256(_mm256_srl_epi32(found, down), codes);
     }
     const __m256i mantissa =
         _mm256_and_si256(_mm256_srli_epi32(bits, shift), _mm256_set1_epi32(mask));
@@ -48,7 +39,15 @@ inline void read_mantissas(const rarefy_matrix& m, int64_t row, float unit, floa
     const __m256i exponent = _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xFF800000u)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(offset + g), _mm256_add_epi32(begin, first));
     _mm256_storeu_ps(power + g, _mm256_mul_ps(_mm256_castsi256_ps(exponent), due));
-  }
+  };
+  int64_t g = 0;
+  for (; g + 8 <= groups; g += 8) eight(g, scales + g, words + g);
+  if (g == groups) return;
+  alignas(32) uint32_t near[8] = {};
+  alignas(16) uint16_t few[8] = {};
+  std::memcpy(few, scales + g, static_cast<size_t>(groups - g) * sizeof(uint16_t));
+  if (packed) std::memcpy(near, words + g, static_cast<size_t>(groups - g) * sizeof(uint32_t));
+  eight(g, few, near);
 }
 
 }  // namespace
