@@ -21,7 +21,8 @@ struct Narrow {
   static void store(float* at, V v) { _mm256_storeu_ps(at, v); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-  static V factor(const Affine&, int64_t) { return zero(); }
+  template <class Parameters>
+  static V factor(const Parameters&, int64_t) { return zero(); }
   static V natural(V v) { return v; }
 
   static float horizontal(V v) {
@@ -155,19 +156,55 @@ struct Nibbles : Narrow {
   }
 };
 
-// See the same in integer_avx512.cpp; eight codes at a time.
-template <int Bits>
-struct Windows : Narrow {
+// Scale and zero point of each group.
+struct Centred {
+  const float* scale;
+  const int32_t* zero;
+  float rounder;
+
+  void read(const rarefy_matrix& m, int64_t row, float* scratch) {
+    int32_t* at = reinterpret_cast<int32_t*>(scratch + round_up(groups_of(m), 16));
+    row_scales(m, row, scratch);
+    row_zeros(m, row, at);
+    scale = scratch;
+    zero = at;
+    rounder = rounder_of(m);
+  }
+
+  using Near = Centred;
+  RAREFY_INLINE Near near(float* room, int64_t g) const {
+    std::memcpy(room, scale + g, kNear * sizeof(float));
+    std::memcpy(room + kNear, zero + g, kNear * sizeof(int32_t));
+    return {room, reinterpret_cast<const int32_t*>(room + kNear), rounder};
+  }
+};
+
+// Codes of which each is computed with. `rounded` takes value * (rounder + 1) less value * rounder;
+// scales of 16 bits times either factor are floats still, so the value itself is never needed.
+struct Computed : Narrow {
+  using Parameters = Centred;
   struct Group {
-    __m256 scale, shift, rounder;
+    __m256i zero;
+    __m256 raised, power;
   };
-  static constexpr int unit = 16, vectors = 2, bytes = 2 * Bits, reach = Bits + 8;
   static constexpr int rows(int together) { return together <= 2 ? 2 : 1; }
 
-  static Group group(const Affine& row, int64_t g) {
-    return {_mm256_broadcast_ss(row.scale + g), _mm256_broadcast_ss(row.shift + g),
-            _mm256_broadcast_ss(&row.rounder)};
+  static Group group(const Centred& row, int64_t g) {
+    const __m256 scale = _mm256_broadcast_ss(row.scale + g);
+    return {_mm256_set1_epi32(row.zero[g]), _mm256_mul_ps(scale, _mm256_set1_ps(1 + row.rounder)),
+            _mm256_mul_ps(scale, _mm256_set1_ps(row.rounder))};
   }
+
+  static V weight(__m256i code, const Group& group) {
+    const __m256 units = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, group.zero));
+    return _mm256_fnmadd_ps(units, group.power, _mm256_mul_ps(units, group.raised));
+  }
+};
+
+// See the same in integer_avx512.cpp; eight codes at a time.
+template <int Bits>
+struct Windows : Computed {
+  static constexpr int unit = 16, vectors = 2, bytes = 2 * Bits, reach = Bits + 8;
 
   static constexpr int pair(int lane) {
     const int k = lane * Bits / 8;
@@ -183,30 +220,18 @@ struct Windows : Narrow {
     for (int v = 0; v < 2; ++v) {
       const __m256i eight = _mm256_set1_epi64x(rarefy::load<int64_t>(codes + v * Bits));
       const __m256i word = _mm256_srlv_epi32(_mm256_shuffle_epi8(eight, octets), shift);
-      const __m256 code =
-          _mm256_cvtepi32_ps(_mm256_and_si256(word, _mm256_set1_epi32((1 << Bits) - 1)));
-      out[v] = rounded(_mm256_fmadd_ps(code, group.scale, group.shift), group.rounder);
+      out[v] = weight(_mm256_and_si256(word, _mm256_set1_epi32((1 << Bits) - 1)), group);
     }
   }
 };
 
-struct Bytes : Narrow {
-  struct Group {
-    __m256 scale, shift, rounder;
-  };
+struct Bytes : Computed {
   static constexpr int unit = 16, vectors = 2, bytes = 16, reach = 16;
-  static constexpr int rows(int together) { return together <= 2 ? 2 : 1; }
-
-  static Group group(const Affine& row, int64_t g) {
-    return {_mm256_broadcast_ss(row.scale + g), _mm256_broadcast_ss(row.shift + g),
-            _mm256_broadcast_ss(&row.rounder)};
-  }
 
   static void weights(const uint8_t* codes, const Group& group, V* out) {
     for (int v = 0; v < 2; ++v) {
       const __m128i octets = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * v));
-      const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(octets));
-      out[v] = rounded(_mm256_fmadd_ps(code, group.scale, group.shift), group.rounder);
+      out[v] = weight(_mm256_cvtepu8_epi32(octets), group);
     }
   }
 };
