@@ -22,7 +22,10 @@ from rarefy.rules.ranges import minmax
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_RIDGE = 1e-12  # of the normal matrix' largest entry: equal planes leave it singular
+# Equal planes, or fewer columns than scales, leave the normal matrix singular: a share of its largest
+# entry decides then, not the last bits of the sums. Far less than scales lose by being stored.
+_RIDGE = 1e-8
+_LESS = 1e-12  # of a group's energy: errors that differ by less are equal
 
 
 def signs(bits: int, like: torch.Tensor) -> torch.Tensor:
@@ -105,7 +108,7 @@ def alternate(
     bits = A.shape[-1] - 1
     P = torch.nn.functional.pad(signs(bits, A), (0, 1), value=1.0).double()
     P[:, bits] *= offset
-    energy = (W.double().square() * h).sum(-1)
+    energy = _energy(W, h)
     fixed = 0.0 if offset else A[..., bits:].double()
 
     def score(A: torch.Tensor) -> torch.Tensor:
@@ -132,13 +135,18 @@ def alternate(
         solved = _solve(matrix, torch.stack(right, -1))
         solved[..., bits:] += fixed
         solved = solved.to(A.dtype)
-        better = score(solved) < error
+        better = score(solved) < error - _LESS * energy
         A = torch.where(better.unsqueeze(-1), solved, A)
         error = torch.where(better, score(solved), error)
         yield A, error
         count, total = assign(A)
         error = torch.minimum(score(A), error)
         yield A, error
+
+
+def _energy(W: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """What a group's squared error is when nothing is fitted: float64 [m, G]."""
+    return (W.double().square() * h).sum(-1)
 
 
 def fitted(W: torch.Tensor, h: torch.Tensor, bits: int, offset: bool, rounds: int) -> torch.Tensor:
@@ -150,7 +158,7 @@ def fitted(W: torch.Tensor, h: torch.Tensor, bits: int, offset: bool, rounds: in
         if best is None:
             best = A, error
             continue
-        better = error < best[1]
+        better = error < best[1] - _LESS * _energy(W, h)
         best = torch.where(better.unsqueeze(-1), A, best[0]), torch.where(better, error, best[1])
     assert best is not None
     return best[0]
