@@ -22,8 +22,8 @@ from rarefy.rules.ranges import minmax
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Equal planes, or fewer columns than scales, leave the normal matrix singular: a share of its largest
-# entry decides then, not the last bits of the sums. Far less than scales lose by being stored.
+# Equal planes, or fewer columns than scales, leave the normal matrix singular: a share of its
+# largest entry decides then, not the last bits of sums. It is far less than storing scales loses.
 _RIDGE = 1e-8
 _LESS = 1e-12  # of a group's energy: errors that differ by less are equal
 
