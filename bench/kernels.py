@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 SHAPES = ((4096, 4096), (11008, 4096))
 TOKENS = 256
 FLOATS = "torch fp32"
-SHARES = {"int4 g128": 0.6, "int4 g64": 0.6, "int8 row": 0.7}
+SHARES = {
+    "int4 g128": 0.6, "int4 g64": 0.6, "int4 g64, int8 activations": 0.6,
+    "int4 g64, int8 activations g64": 0.6, "int8 row": 0.7, "int8 row, int8 activations": 0.7,
+}  # fmt: skip
 SLACK = 1.05  # of a ratio of two medians
 NEAR = 1e-5
 BURST = 6  # products on end
@@ -189,6 +192,11 @@ def ours(rows: int, columns: int) -> list[Candidate]:
         if fmt.bits in (4, 8):
             beside = (by_int8(fmt), integer_sums(fmt))
             found.append(Candidate(f"{name}, int8 activations", size(stored), stored, *beside))
+        if name == "int4 g64":
+            group = ops_int.INPUT_GROUP
+            beside = (by_int8(fmt, group), integer_sums(fmt, group))
+            label = f"{name}, int8 activations g{group}"
+            found.append(Candidate(label, size(stored), stored, *beside))
     binary = BCQ(4, 128, offset=True)
     stored = several(binary, rows, columns)
 
@@ -208,11 +216,12 @@ def by_floats(fmt: Int) -> Run:
     return run
 
 
-def by_int8(fmt: Int) -> Run:
-    """The product with activations rounded to int8."""
+def by_int8(fmt: Int, together: int = 0) -> Run:
+    """The product with activations rounded to int8, some or all of a vector with one scale."""
 
     def run(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        return ops_int.cpu_int8_linear(x, *taken(tensors), None, fmt.bits, fmt.group or 0)
+        group = fmt.group or 0
+        return ops_int.cpu_int8_linear(x, *taken(tensors), None, fmt.bits, group, together)
 
     return run
 
@@ -226,11 +235,12 @@ def decoded(fmt: Format) -> Run:
     return run
 
 
-def integer_sums(fmt: Int) -> Run:
+def integer_sums(fmt: Int, together: int = 0) -> Run:
     """What a product with int8 activations should give."""
 
     def run(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        return reference.int8_linear(x, *taken(tensors), None, fmt.bits, fmt.group or 0)
+        group = fmt.group or 0
+        return reference.int8_linear(x, *taken(tensors), None, fmt.bits, group, together)
 
     return run
 
@@ -305,8 +315,12 @@ def prefill(rows: int, columns: int, rounds: int) -> list[dict[str, Any]]:
     for name, fmt in {"int4 g64": Int(4, 64), "int8 row": Int(8, symmetric=True)}.items():
         stored = several(fmt, rows, columns)[:1]
         candidates.append(Candidate(name, size(stored), stored, by_floats(fmt)))
-        name = f"{name}, int8 activations"
-        candidates.append(Candidate(name, size(stored), stored, by_int8(fmt)))
+        label = f"{name}, int8 activations"
+        candidates.append(Candidate(label, size(stored), stored, by_int8(fmt)))
+        if fmt.bits == 4:
+            run = by_int8(fmt, ops_int.INPUT_GROUP)
+            label += f" g{ops_int.INPUT_GROUP}"
+            candidates.append(Candidate(label, size(stored), stored, run))
     take_turns(candidates, x, max(5, rounds // 2))
     dense = candidates[0].median
     table = [

@@ -79,9 +79,11 @@ void check(const rarefy_matrix& m, int64_t vectors, int threads) {
   expect(refused || (status == 0 && many < 1e-5), "product of many", m, vectors,
          status ? status : many);
   if (m.kind != RAREFY_INT) return;
-  status = rarefy_matvec_int8(&m, x.get(), nullptr, y.get(), vectors, threads);
-  const double rounded = difference(m, weights.get(), x.get(), y.get(), vectors);
-  expect(status == 0 && rounded < 0.02, "int8 product", m, vectors, status ? status : rounded);
+  for (const int64_t input_group : {0, 64}) {
+    status = rarefy_matvec_int8(&m, x.get(), nullptr, input_group, y.get(), vectors, threads);
+    const double rounded = difference(m, weights.get(), x.get(), y.get(), vectors);
+    expect(status == 0 && rounded < 0.02, "int8 product", m, vectors, status ? status : rounded);
+  }
   const int64_t last = m.rows - 1;
   auto row = exactly<float>(m.columns);
   status = rarefy_decode_rows(&m, &last, 1, row.get(), threads);
@@ -160,7 +162,8 @@ struct Model {
       case 1:
         made.matrix = integers(4, rows, columns, 8);
         break;
-      case 2:  // rounded inputs, each vector with a scale of its own
+      case 2:  // rounded inputs, each vector or its columns with scales of their own
+        made.input_group = dice() % 2 * 64;
         made.matrix = integers(8, rows, columns, 0);
         made.rounded = 1;
         made.outlier = number % 3 ? 0.0 : 1.0;
@@ -237,6 +240,15 @@ int main() {
     for (int64_t columns : {1, 7, 16, 31, 33, 63, 64, 100, 129, 250}) {
       for (int64_t group : {0, 1, 8, 16, 24, 32, 48, 64, 100}) {
         if (group > columns) continue;
+        for (int variant = 0; variant < 4; ++variant) {
+          check_integers(bits, 1 + dice() % 13, columns, group, variant);
+        }
+      }
+    }
+  }
+  for (int bits : {2, 3, 4, 8}) {  // groups of whole steps, and more of them than one register has
+    for (int64_t columns : {128, 576, 1024}) {
+      for (int64_t group : {0, 64, 128, 192}) {
         for (int variant = 0; variant < 4; ++variant) {
           check_integers(bits, 1 + dice() % 13, columns, group, variant);
         }

@@ -279,6 +279,7 @@ def test_calibrated_solvers_work_with_rounded_inputs(tmp_path: Path) -> None:
     [
         ("rtn-w8a8", ["nearest"], "int8 row sym", DYNAMIC),
         ("rtn-w4a8", ["nearest"], "int4 g64", DYNAMIC),
+        ("rtn-w4a8-g64", ["nearest"], "int4 g64", IntActivation(per="group")),
         ("smoothquant-w8a8", ["smoothquant", "nearest"], "int8 row sym", DYNAMIC),
         ("smoothquant-gptq-w8a8", ["smoothquant", "gptq"], "int8 row sym", DYNAMIC),
         ("smoothquant-gptq-w4a8", ["smoothquant", "gptq"], "int4 g64", DYNAMIC),

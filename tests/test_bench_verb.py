@@ -91,6 +91,21 @@ def test_the_table_names_what_matters(folders: tuple[Path, Path]) -> None:
         assert what in done.output
 
 
+@pytest.mark.skipif(not library.available(), reason=library.reason() or "no kernels")
+def test_rounded_inputs_are_a_row_of_their_own(folders: tuple[Path, Path]) -> None:
+    dense, small = folders
+    some = ["--prompt", "4", "--new", "2", "--rounds", "1", "--threads", "1", "--int8", "--json"]
+    done = RUN.invoke(rarefy.cli.app, ["bench", str(small), *some])
+    assert done.exit_code == 0, done.output
+    plain, rounded = json.loads(done.stdout)["rows"]
+    assert (plain["name"], rounded["name"]) == ("this", "this, 8-bit inputs")
+    assert "int4 x fp32" in plain["speed"]["kernel"]
+    assert "int4 x int8 g64" in rounded["speed"]["kernel"]
+    done = RUN.invoke(rarefy.cli.app, ["bench", str(dense), *some])
+    assert done.exit_code != 0
+    assert "leave --int8 out" in done.output
+
+
 def test_a_missing_model_is_named() -> None:
     done = RUN.invoke(rarefy.cli.app, ["bench", "./nowhere"])
     assert done.exit_code == 2

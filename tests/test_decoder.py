@@ -17,10 +17,12 @@ import rarefy
 from rarefy.checkpoint.load import load_model
 from rarefy.checkpoint.resolve import resolve
 from rarefy.errors import RarefyError
+from rarefy.formats.activation import IntActivation
+from rarefy.formats.kv import KVFormat
 from rarefy.kernels import library
 from rarefy.runtime.decoder import Decoder, PlainLoop, open_loop
 from rarefy.runtime.outline import FAMILIES as OUTLINED
-from rarefy.runtime.packed import PackedLinear
+from rarefy.runtime.packed import PackedLinear, round_inputs
 from rarefy.runtime.sampling import Sampling, nucleus
 from rarefy.runtime.stored import stored_model, stored_outline
 
@@ -141,6 +143,8 @@ ROUNDED: dict[str, dict[str, Any]] = {
     "token": {**ROW8, "symmetric": True, "input": {"format": "int", "bits": 8}},
     "tensor": {**ROW8, "input": {"format": "int", "bits": 8, "per": "tensor", "dynamic": False}},
     "int4": {**INT4, "input": {"format": "int", "bits": 8}},
+    "group": {**INT4, "input": {"format": "int", "bits": 8, "per": "group"}},
+    "whole rows by group": {**ROW8, "input": {"format": "int", "bits": 8, "per": "group"}},
 }
 
 
@@ -171,6 +175,41 @@ def test_inputs_are_rounded_as_the_recipe_says(family: str, which: str, tmp_path
     assert found.median() < CLOSE
     assert found.max() < 0.02
     assert unrounded.median() > 100 * found.median()
+
+
+@native
+@pytest.mark.parametrize("embedding", ["keep", ROW8])
+def test_inputs_of_any_integers_may_be_rounded_at_opening(
+    embedding: str | dict[str, Any], tmp_path: Path
+) -> None:
+    dense = save_tiny("llama", tmp_path / "dense", torch.bfloat16, tie_word_embeddings=True)
+    recipe = tmp_path / "r.yaml"
+    table = {"model.embed_tokens": embedding, "*.0.*.o_proj": "keep", "*": INT4}
+    stages = [{"solver": "nearest", "schemes": table}]
+    recipe.write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    folder = rarefy.compress(dense, recipe, tmp_path / "small").path
+    loop, obstacle = open_loop(folder, int8=True)
+    assert isinstance(loop, Decoder), obstacle
+    got = [loop.feed(IDS[:READ]).clone()]
+    got += [loop.step(token).clone() for token in IDS[READ:]]
+
+    model = stored_model(folder, torch.float32)
+    exact = expected(model)[READ - 1 :]
+    assert round_inputs(model, IntActivation(per="group")) == 3 * 7 - 1 + (embedding == ROW8)
+    want = expected(model)[READ - 1 :]
+    found, unrounded = relative(torch.stack(got), want), relative(exact, want)
+    assert found.median() < CLOSE  # see above
+    assert found.max() < 0.02
+    assert unrounded.median() > 100 * found.median()
+
+
+@native
+def test_where_nothing_can_be_rounded_that_is_said(tmp_path: Path) -> None:
+    dense = save_tiny("llama", tmp_path / "dense")
+    with pytest.raises(RarefyError, match=r"no matrix has integers of .*leave --int8 out"):
+        open_loop(dense, int8=True)
+    with pytest.raises(RarefyError, match=r"the cache is .*leave --int8 out"):
+        open_loop(dense, kv=KVFormat(4), int8=True)
 
 
 @native

@@ -23,7 +23,7 @@ from rarefy.kernels import library, ops_dense, ops_int
 from rarefy.runtime.packed import PackedEmbedding, PackedLinear, TiedHead
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 needs_library = pytest.mark.skipif(not library.available(), reason=library.reason())
 
@@ -248,17 +248,53 @@ def test_nothing_needs_to_be_aligned(level: str) -> None:
 @needs_library
 @levels
 @SETTINGS
-@given(case=cases())
+@given(case=cases(), per=st.sampled_from(["token", "group"]))
 def test_int8_products_round_as_the_activation_format(
-    level: str, case: tuple[Int, int, int, int]
+    level: str, case: tuple[Int, int, int, int], per: str
 ) -> None:
     fmt, rows, columns, vectors = case
     tensors, x = stored(fmt, rows, columns), inputs(vectors, columns)
-    codes, scale = IntActivation().codes(x)
-    expected = integer_product(fmt, tensors, codes) * scale.double()
+    product = int8_product(fmt, tensors, x, per)
     with limited(level):
-        found = ops_int.int8_linear(x, *arguments(fmt, tensors), None, fmt.bits, fmt.group or 0)
-    assert apart(found, expected) < 1e-5
+        assert apart(product(), rounded_product(fmt, tensors, x, per)) < 1e-5
+
+
+@needs_library
+@levels
+@pytest.mark.parametrize("vectors", [1, 3, 8, 11])
+@pytest.mark.parametrize("per", ["token", "group"])
+@pytest.mark.parametrize(
+    ("group", "columns"), [(64, 576), (128, 1536), (64, 1024), (192, 576), (None, 640), (32, 576)]
+)
+def test_groups_of_whole_steps_with_int8(
+    level: str, group: int | None, columns: int, per: str, vectors: int
+) -> None:
+    for bits, scale, symmetric in (
+        (2, "float16", True), (2, "float16", False), (3, "float16", True), (3, "bfloat16", False),
+        (4, "float16", False), (4, "bfloat16", True), (8, "bfloat16", False), (8, "float16", True),
+    ):  # fmt: skip
+        fmt = Int(bits, group, symmetric, scale_dtype=scale)
+        tensors, x = stored(fmt, 37, columns), inputs(vectors, columns)
+        product = int8_product(fmt, tensors, x, per)
+        with limited(level):
+            assert apart(product(), rounded_product(fmt, tensors, x, per)) < 1e-5
+
+
+def int8_product(
+    fmt: Int, tensors: dict[str, torch.Tensor], x: torch.Tensor, per: str
+) -> Callable[[], torch.Tensor]:
+    """The operator with scales of each token or of every 64 channels."""
+    group = fmt.group or 0
+    last = (None, fmt.bits, group, ops_int.INPUT_GROUP if per == "group" else 0)
+    return lambda: ops_int.int8_linear(x, *arguments(fmt, tensors), *last)
+
+
+def rounded_product(
+    fmt: Int, tensors: dict[str, torch.Tensor], x: torch.Tensor, per: str
+) -> torch.Tensor:
+    """What that should give."""
+    codes, scale = IntActivation(per=per).codes(x)
+    return integer_product(fmt, tensors, codes.double() * scale.double())
 
 
 @needs_library
@@ -312,15 +348,17 @@ def pack_identity() -> torch.Tensor:
 
 @needs_library
 @levels
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_is_not_hidden(level: str, bad: float) -> None:
-    fmt = Int(8)
-    tensors, x = stored(fmt, 8, 64), inputs(2, 64)
+def test_what_is_no_number_is_not_hidden(level: str, bad: float, bits: int) -> None:
+    fmt = Int(bits)
+    tensors, x = stored(fmt, 8, 128), inputs(2, 128)
     x[1, 3] = bad
     with limited(level):
-        found = ops_int.int8_linear(x, *arguments(fmt, tensors), None, 8, 0)
-        plain = ops_int.int_linear(x, *arguments(fmt, tensors), 8, 0)
-    for y in (found, plain):
+        found = ops_int.int8_linear(x, *arguments(fmt, tensors), None, bits, 0)
+        groups = ops_int.int8_linear(x, *arguments(fmt, tensors), None, bits, 0, 64)
+        plain = ops_int.int_linear(x, *arguments(fmt, tensors), bits, 0)
+    for y in (found, groups, plain):
         assert torch.isfinite(y[0]).all() and not torch.isfinite(y[1]).any()
 
 
@@ -409,7 +447,7 @@ def packed_linear(
 
 @needs_library
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.parametrize("rounding", [None, IntActivation()])
+@pytest.mark.parametrize("rounding", [None, IntActivation(), IntActivation(per="group")])
 def test_a_packed_linear_compiles_without_a_break(
     backend: str, rounding: IntActivation | None
 ) -> None:
@@ -433,6 +471,8 @@ def test_operators_tell_torch_the_truth_about_themselves() -> None:
     codes, scales, zeros, bits, group = given
     one = (inputs(3, 96), codes, scales, zeros, torch.ones(1), bits, group)
     torch.library.opcheck(ops_int.int8_linear, one, test_utils=checks)
+    groups = (inputs(3, 96), codes, scales, zeros, None, bits, group, 64)
+    torch.library.opcheck(ops_int.int8_linear, groups, test_utils=checks)
     ids = torch.tensor([[1, 8]])
     torch.library.opcheck(ops_int.int_rows, (ids, *given, 96), test_utils=checks)
     weight = inputs(5, 96).half()
@@ -455,7 +495,11 @@ def test_modules_name_their_kernel() -> None:
     instructions = library.instructions()
     assert packed_linear(Int(4, 32), 8, 64).kernel == f"int4 x fp32, {instructions}"
     assert packed_linear(Int(8), 8, 64, IntActivation()).kernel == f"int8 x int8, {instructions}"
-    # Six bits are rounded first.
+    by_group = packed_linear(Int(4, 32), 8, 64, IntActivation(per="group"))
+    assert by_group.kernel == f"int4 x int8 g64, {instructions}"
+    # Six bits, and groups of another size, are rounded first.
+    other = packed_linear(Int(8), 8, 64, IntActivation(per="group", group=32))
+    assert other.kernel == f"int8 x fp32, {instructions}"
     six = packed_linear(Int(8), 8, 64, IntActivation(6))
     assert six.kernel == f"int8 x fp32, {instructions}"
 

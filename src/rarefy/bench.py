@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from rarefy.evaluate.speed import Speed
 
+ROUNDED = "this, 8-bit inputs"
+
 
 @dataclass(frozen=True)
 class Load:
@@ -76,6 +78,8 @@ def bench(
     against: str | None = None,
     load: Load = Load(),
     tell: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    int8: bool = False,
 ) -> Bench:
     """Measure a model, and the dense one natively and in transformers if it is named.
 
@@ -83,22 +87,26 @@ def bench(
         model: what ``resolve`` takes. against: the dense model.
         load: what each measurement does.
         tell: called with measurements done and in all.
+        int8: measure the model also with the inputs of its integer matrices rounded to 8 bits.
 
     Raises:
         RarefyError: a model is missing, or its process failed.
     """
-    jobs: list[tuple[str, Path, str]] = [("this", resolve(model), "native")]
+    folder = resolve(model)
+    jobs: list[tuple[str, Path, str, bool]] = [("this", folder, "native", False)]
+    if int8:
+        jobs.append((ROUNDED, folder, "native", True))
     if against is not None:
         dense = resolve(against)
-        jobs += [("dense", dense, "native"), ("dense, transformers", dense, "transformers")]
-    found: dict[str, list[Speed]] = {name: [] for name, _, _ in jobs}
+        jobs += [("dense", dense, "native", False)]
+        jobs += [("dense, transformers", dense, "transformers", False)]
+    found: dict[str, list[Speed]] = {name: [] for name, *_ in jobs}
     total = load.rounds * len(jobs)
     for number in range(total):
         tell(number, total)
-        name, folder, engine = jobs[number % len(jobs)]
-        found[name].append(
-            measure(folder, load.prompt_tokens, load.new_tokens, load.threads, load.runs, engine)
-        )
+        name, folder, engine, rounded = jobs[number % len(jobs)]
+        size = (load.prompt_tokens, load.new_tokens, load.threads, load.runs)
+        found[name].append(measure(folder, *size, engine, rounded))
     tell(total, total)
     best = _bandwidth(load.threads)
     merged = {name: merge(speeds) for name, speeds in found.items()}

@@ -68,11 +68,19 @@ class Voice:
 
 
 def open_voice(
-    model: str, sampling: Sampling, system: str | None, kv: KVFormat | None = None
+    model: str,
+    sampling: Sampling,
+    system: str | None,
+    kv: KVFormat | None = None,
+    int8: bool = False,
 ) -> Voice:
-    """Open a model for chatting; says so when it runs without the native decoder."""
+    """Open a model for chatting; says so when it runs without the native decoder.
+
+    Raises:
+        RarefyError: see :func:`rarefy.runtime.decoder.open_loop`.
+    """
     folder = resolve(model)
-    loop, obstacle = open_loop(folder, kv=kv)
+    loop, obstacle = open_loop(folder, kv=kv, int8=int8)
     if obstacle:
         console.say(f"{model} runs through transformers: {obstacle}")
     tokenizer = load_tokenizer(folder)

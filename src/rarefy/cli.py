@@ -373,12 +373,15 @@ def bench(
     new: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens made after it.")] = 64,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the CPU.")] = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Processes of each.")] = 2,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also with inputs rounded to 8 bits, as chat --int8.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
     """Measure time to first token, prefill and decode rate, peak memory, share of bandwidth."""
     load = Load(prompt, new, threads, rounds)
     with console.meter("measurement") as meter:
-        done = measure_bench(directory, against, load, meter.step)
+        done = measure_bench(directory, against, load, meter.step, int8=int8)
     if as_json:
         typer.echo(json.dumps(done.report(), indent=1))
     else:
@@ -400,12 +403,16 @@ def chat(
         str | None,
         typer.Option(metavar="8|4|2", help="Hold keys and values of DIR in these bits; slower."),
     ] = None,
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Round what DIR's integers multiply to 8 bits; faster."),
+    ] = False,
 ) -> None:
     """Talk to a model, line by line, on the terminal or through a pipe."""
     rules = Sampling(max_tokens, temperature, top_p, seed)
     form = None if kv is None else KVFormat.parse(kv)
     others = [] if beside is None else [open_voice(beside, rules, system)]
-    talk([*others, open_voice(directory, rules, system, form)])
+    talk([*others, open_voice(directory, rules, system, form, int8)])
 
 
 @app.command()

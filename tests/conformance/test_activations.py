@@ -14,6 +14,8 @@ ACTIVATION_SAMPLES: dict[str, list[tuple[Activation, int]]] = {
     "int": [
         *((IntActivation(bits), bits) for bits in range(2, 9)),
         (IntActivation(4, per="tensor"), 4),
+        (IntActivation(8, per="group"), 8),
+        (IntActivation(4, per="group", group=27), 4),
         *((IntActivation(bits, per="tensor", dynamic=False), bits) for bits in (2, 4, 8)),
     ],
     "llm-int8": [(LLMInt8(), 8), (LLMInt8(threshold=40.0), 8)],
@@ -66,12 +68,15 @@ def test_rounding_twice_is_rounding_once(rounding: Activation, bits: int) -> Non
 
 
 @every_activation
-def test_a_token_has_no_more_values_than_codes(rounding: Activation, bits: int) -> None:
+def test_what_shares_a_scale_has_no_more_values_than_codes(rounding: Activation, bits: int) -> None:
     x = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1))
+    grouped = isinstance(rounding, IntActivation) and rounding.per == "group"
+    together = rounding.group if grouped else 5000
     for share in (1.0, 0.4):  # the second clips
         rounded = rounding.round(x, scale_for(rounding, x, share))
         for row in rounded:
-            assert 2 < len(row.unique()) <= 2**bits
+            for part in row.split(together):
+                assert 2 < len(part.unique()) <= 2**bits
 
 
 @every_activation

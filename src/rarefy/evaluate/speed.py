@@ -82,6 +82,7 @@ def measure(
     threads: int | None = None,
     runs: int = _RUNS,
     engine: str = "transformers",
+    int8: bool = False,
 ) -> Speed:
     """Measure one model in a process of its own. Interleave calls (A B A B) so that drift cancels.
 
@@ -94,6 +95,7 @@ def measure(
         engine: "transformers", whose own forward makes the tokens with weights in float32, or
             "native", the compiled decoder with weights as they are stored; what that refuses
             falls back to the former.
+        int8: round the inputs of integer matrices to 8 bits (the native engine only).
 
     Raises:
         RarefyError: the process failed; its last line of output is quoted.
@@ -101,7 +103,7 @@ def measure(
     command = [sys.executable, "-m", "rarefy.evaluate.speed", str(folder)]
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
     command += ["--threads", str(threads or 0), "--runs", str(runs)]
-    command += ["--engine", engine]
+    command += ["--engine", engine, *(["--int8"] if int8 else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -138,7 +140,8 @@ def _measure_here(given: argparse.Namespace) -> Speed:
     baseline, start = peak_memory(), time.perf_counter()
     obstacle, loop = "", None
     if given.engine == "native":
-        loop, obstacle = open_loop(given.folder, given.prompt_tokens + given.new_tokens)
+        capacity = given.prompt_tokens + given.new_tokens
+        loop, obstacle = open_loop(given.folder, capacity, int8=given.int8)
     model = load_model(given.folder) if loop is None else loop.model
     load_s, device = time.perf_counter() - start, model.device
     vocabulary = model.config.get_text_config().vocab_size
@@ -260,7 +263,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--runs", type=int, default=_RUNS)
     parser.add_argument("--engine", choices=("transformers", "native"), default="transformers")
+    parser.add_argument("--int8", action="store_true")
     given = parser.parse_args()
+    if given.int8 and given.engine != "native":
+        parser.error("--int8 goes with --engine native")
     one = _measure_here(given)
     print(json.dumps(asdict(one)))
 

@@ -2,9 +2,10 @@
 
     symmetric b-bit integers:  s = max|x| / (2^(b-1) - 1)    x' = s clip(round(x / s))
 
-``per`` says who shares a scale: each token its own, or the whole tensor one. Scales are dynamic
-(from the values at hand) or static (from the largest value seen in calibration, stored as
-``input_scale``). What is evaluated is this rounding, carried out in front of every product.
+``per`` says who shares a scale: some neighbouring channels of a token (a group, as in llama.cpp), a
+token, or the whole tensor. Scales are dynamic (from the values at hand) or static (from the largest
+value seen in calibration, stored as ``input_scale``). What is evaluated is this rounding, carried
+out in front of every product.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F  # noqa: N812
 
 from rarefy.registry import Registry
 
@@ -49,7 +51,7 @@ ACTIVATIONS: Registry[Activation] = Registry(
     "rarefy.formats",
 )
 
-_SCOPES = ("token", "tensor")
+_SCOPES = ("group", "token", "tensor")
 
 
 @ACTIVATIONS.register("int", family="quantization")
@@ -59,24 +61,29 @@ class IntActivation(Activation):
 
     Attributes:
         bits: 2 to 8.
-        per: "token" or "tensor".
+        per: "group", "token" or "tensor".
         dynamic: scales come from the values at hand; otherwise from calibration.
+        group: channels that share a scale, where those of a token do not all; the last group of a
+            token may be smaller.
 
     Raises:
-        ValueError: a field outside these values, or a static scale for each token.
+        ValueError: a field outside these values, or a static scale for anything but the tensor.
     """
 
     bits: int = 8
     per: str = "token"
     dynamic: bool = True
+    group: int = 64
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must lie in 2..8, and {self.bits} does not")
         if self.per not in _SCOPES:
             raise ValueError(f"per must be one of {', '.join(_SCOPES)}, not {self.per!r}")
-        if self.per == "token" and not self.dynamic:
-            raise ValueError("a scale for each token is always dynamic; give per: tensor")
+        if self.group < 1:
+            raise ValueError(f"group must be at least 1, and {self.group} is not")
+        if self.per != "tensor" and not self.dynamic:
+            raise ValueError(f"a scale for each {self.per} is always dynamic; give per: tensor")
 
     @property
     def static(self) -> bool:  # type: ignore[override]
@@ -93,7 +100,14 @@ class IntActivation(Activation):
         return (peak.max() / self.largest).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
 
     def _dynamic(self, x: torch.Tensor) -> torch.Tensor:
-        peak = x.abs().amax(-1, keepdim=True) if self.per == "token" else x.abs().max()
+        """Scales that broadcast over x."""
+        if self.per == "group":
+            columns = x.shape[-1]
+            whole = F.pad(x.abs(), (0, -columns % self.group))
+            peaks = whole.reshape(*x.shape[:-1], -1, self.group).amax(-1)
+            peak = peaks.repeat_interleave(self.group, -1)[..., :columns]
+        else:
+            peak = x.abs().amax(-1, keepdim=True) if self.per == "token" else x.abs().max()
         return (peak / self.largest).clamp(min=torch.finfo(x.dtype).tiny)
 
     def codes(
@@ -120,5 +134,6 @@ class IntActivation(Activation):
         return x + error * (self._dynamic(x) if scale is None else scale)
 
     def label(self) -> str:
-        """For example ``a8 token``, ``a8 tensor static``."""
-        return f"a{self.bits} {self.per}{'' if self.dynamic else ' static'}"
+        """For example ``a8 g64``, ``a8 token``, ``a8 tensor static``."""
+        per = f"g{self.group}" if self.per == "group" else self.per
+        return f"a{self.bits} {per}{'' if self.dynamic else ' static'}"

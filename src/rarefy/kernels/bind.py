@@ -119,12 +119,18 @@ class Int8Kernel(IntKernel):
     Args:
         fmt: the format of the weights.
         rounding: of the activations, 8 bits.
+
+    Attributes:
+        fast: whether there is more than the loop that takes any width.
     """
 
     def __init__(self, fmt: Int, rounding: IntActivation) -> None:
         super().__init__(fmt)
+        self.fast = fmt.bits in (2, 3, 4, 8)
         self.rounding = rounding
         self.name = f"int{fmt.bits} x int8"
+        if rounding.per == "group":
+            self.name += f" g{rounding.group}"
 
     def product(
         self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], scale: torch.Tensor | None
@@ -147,7 +153,8 @@ class Int8Kernel(IntKernel):
     ) -> torch.Tensor:
         if self.rounding.per == "tensor" and scale is None:
             scale = self.rounding.scale(x.abs().reshape(-1))
-        return operator(x, *_tensors(packed), scale, self.bits, self.group)
+        group = self.rounding.group if self.rounding.per == "group" else 0
+        return operator(x, *_tensors(packed), scale, self.bits, self.group, group)
 
 
 @kernel_for.register(Int)
@@ -159,7 +166,8 @@ def _(fmt: Int, rounding: Activation | None = None) -> Kernel | None:
     if isinstance(rounding, LLMInt8):
         return MixedKernel(fmt, rounding)
     if isinstance(rounding, IntActivation) and rounding.bits == 8:
-        return Int8Kernel(fmt, rounding)
+        there = rounding.per != "group" or rounding.group == ops_int.INPUT_GROUP
+        return Int8Kernel(fmt, rounding) if there else None
     return None
 
 

@@ -48,7 +48,7 @@ _MATRIX = ctypes.POINTER(Matrix)
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rarefy_matvec": (_INT, (_MATRIX, _AT, _AT, _I64, _INT)),
     "rarefy_matmul": (_INT, (_MATRIX, _AT, _AT, _I64, _INT)),
-    "rarefy_matvec_int8": (_INT, (_MATRIX, _AT, _AT, _AT, _I64, _INT)),
+    "rarefy_matvec_int8": (_INT, (_MATRIX, _AT, _AT, _I64, _AT, _I64, _INT)),
     "rarefy_decode": (_INT, (_MATRIX, _I64, _I64, _AT, _INT)),
     "rarefy_decode_rows": (_INT, (_MATRIX, _AT, _I64, _AT, _INT)),
     "rarefy_instructions": (ctypes.c_char_p, ()),

@@ -18,6 +18,9 @@ from rarefy.kernels.many import multiply_many
 # strip of rows and multiplying by it in torch is faster.
 FEW = 24
 
+# Channels of a token that share a scale where the library rounds them and they do not all.
+INPUT_GROUP = 64
+
 _TYPES = {torch.float16: library.SCALE_F16, torch.bfloat16: library.SCALE_BF16}
 
 
@@ -55,14 +58,16 @@ def int8_linear(
     input_scale: torch.Tensor | None,
     bits: int,
     group: int,
+    input_group: int = 0,
 ) -> torch.Tensor:
     """``x W^T`` with x rounded to int8 and integer sums; see :func:`reference.int8_linear`.
 
     Args:
         x, codes, scales, zeros, bits, group: see :func:`int_linear`.
-        input_scale: [1], one scale for all of x; None for one of each token.
+        input_scale: [1], one scale for all of x; None for scales of their own.
+        input_group: channels of a token that share one, or 0 for all.
     """
-    return reference.int8_linear(x, codes, scales, zeros, input_scale, bits, group)
+    return reference.int8_linear(x, codes, scales, zeros, input_scale, bits, group, input_group)
 
 
 @torch.library.custom_op("rarefy::int_rows", mutates_args=())
@@ -86,7 +91,7 @@ def _(x, codes, scales, zeros, bits, group):  # type: ignore[no-untyped-def]
 
 
 @int8_linear.register_fake
-def _(x, codes, scales, zeros, input_scale, bits, group):  # type: ignore[no-untyped-def]
+def _(x, codes, scales, zeros, input_scale, bits, group, input_group=0):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -128,17 +133,20 @@ def cpu_int8_linear(
     input_scale: torch.Tensor | None,
     bits: int,
     group: int,
+    input_group: int = 0,
 ) -> torch.Tensor:
     """:func:`int8_linear` by the library."""
-    if not (library.available() and x.dtype is torch.float32):
-        return reference.int8_linear(x, codes, scales, zeros, input_scale, bits, group)
+    native = library.available() and input_group in (0, INPUT_GROUP)
+    if not (native and x.dtype is torch.float32):
+        return reference.int8_linear(x, codes, scales, zeros, input_scale, bits, group, input_group)
     columns, rows = x.shape[-1], codes.shape[0]
     flat = x.reshape(-1, columns).contiguous()
     matrix = describe(codes, scales, zeros, bits, group, columns)
     y = x.new_empty((*x.shape[:-1], rows))
     given = None if input_scale is None else input_scale.data_ptr()
     threads, call = torch.get_num_threads(), library.library().rarefy_matvec_int8
-    library.check(call(matrix, flat.data_ptr(), given, y.data_ptr(), flat.shape[0], threads))
+    at = (flat.data_ptr(), given, input_group, y.data_ptr())
+    library.check(call(matrix, *at, flat.shape[0], threads))
     return y
 
 

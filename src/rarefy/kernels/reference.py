@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from rarefy.formats.activation import IntActivation
 from rarefy.formats.integer import Int
 from rarefy.formats.packing import unpack
 
@@ -63,21 +64,22 @@ def int8_linear(
     input_scale: torch.Tensor | None,
     bits: int,
     group: int,
+    input_group: int = 0,
 ) -> torch.Tensor:
     """``s_x sum_g s_g sum_j (q - z) round(x / s_x)``: integer products, as int8 kernels form them.
 
     Activations are rounded as :class:`rarefy.formats.activation.IntActivation` of 8 bits does, for
-    each token or by the given scale. Weights are not rounded to the scales' 16-bit type, as
-    decoding does, because the integers are multiplied first.
+    each token, for each ``input_group`` channels of one, or by the given scale. Weights are not
+    rounded to the scales' 16-bit type, as decoding does, because the integers are multiplied first.
     """
     columns = x.shape[-1]
-    peak = x.abs().amax(-1, keepdim=True) / 127
-    scale = peak.clamp(min=torch.finfo(torch.float32).tiny) if input_scale is None else input_scale
-    rounded = (x / scale).round().clamp(-128, 127)
+    per = "group" if input_group else "token"
+    rounded, scale = IntActivation(8, per, group=input_group or 1).codes(x, input_scale)
     fmt = int_format(scales, zeros, bits, group)
     packed = {"weight_scale": scales, "weight_shape": torch.tensor([codes.shape[0], columns])}
     if zeros is not None:
         packed["weight_zero_point"] = zeros
     grid = fmt.stored_grid(packed)
     units = unpack(codes, bits, columns) - grid.spread(grid.zero, columns)
-    return F.linear(rounded, units * grid.spread(grid.scale, columns)) * scale
+    weight = units * grid.spread(grid.scale, columns)
+    return F.linear(rounded * scale, weight) if input_group else F.linear(rounded, weight) * scale

@@ -16,9 +16,11 @@ import torch
 
 from rarefy.checkpoint.load import default_device, load_model
 from rarefy.errors import RarefyError
+from rarefy.formats.activation import IntActivation
 from rarefy.kernels import library
 from rarefy.runtime.anatomy import dissect
 from rarefy.runtime.native import NativeStep
+from rarefy.runtime.packed import round_inputs
 from rarefy.runtime.prefill import KeyValues, read
 from rarefy.runtime.sampling import Sampling
 from rarefy.runtime.stored import stored_model, stored_outline
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from rarefy.formats.kv import KVFormat
 
 CAPACITY = 4096
+INT8 = IntActivation(8, per="group")
 _FEW = 4  # tokens that are cheaper to feed one by one than to read together
 
 
@@ -202,7 +205,7 @@ def _reusable(held: Sequence[int], wanted: Sequence[int]) -> int:
 
 
 def open_loop(
-    folder: Path, capacity: int = CAPACITY, kv: KVFormat | None = None
+    folder: Path, capacity: int = CAPACITY, kv: KVFormat | None = None, int8: bool = False
 ) -> tuple[Decoder | PlainLoop, str]:
     """Open a folder for making tokens.
 
@@ -210,21 +213,39 @@ def open_loop(
         folder: of the model.
         capacity: of the native decoder, in tokens.
         kv: a quantized cache, which the native decoder does not have.
+        int8: round the inputs of integer matrices by :data:`INT8`, for which the native decoder is
+            faster.
 
     Returns:
         The native decoder and an empty text, or transformers' loop and why it had to be that.
+
+    Raises:
+        RarefyError: inputs are to be rounded, and the native decoder cannot run the model or there
+            is no matrix whose inputs it would round.
     """
+    device, obstacle = default_device(), ""
     if kv is not None:
-        return PlainLoop(load_model(folder), kv), f"the cache is {kv.label()}"
-    device = default_device()
-    if device.type != "cpu":
-        return PlainLoop(load_model(folder)), f"it is made for the CPU, and {device} is there"
-    if not library.available():
+        obstacle = f"the cache is {kv.label()}"
+    elif device.type != "cpu":
+        obstacle = f"it is made for the CPU, and {device} is there"
+    elif not library.available():
         obstacle = f"there are no compiled kernels: {library.reason()}"
-        return PlainLoop(load_model(folder)), obstacle
-    with suppress(RarefyError):  # then transformers may know more
-        return Decoder(stored_outline(folder), capacity), ""
-    try:
-        return Decoder(stored_model(folder), capacity), ""
-    except RarefyError as error:
-        return PlainLoop(load_model(folder)), str(error)
+    else:
+        with suppress(RarefyError):  # then transformers may know more
+            return Decoder(_rounding(stored_outline(folder), int8), capacity), ""
+        try:
+            return Decoder(_rounding(stored_model(folder), int8), capacity), ""
+        except RarefyError as error:
+            obstacle = str(error)
+    if int8:
+        raise RarefyError(f"the native decoder cannot round inputs: {obstacle}; leave --int8 out")
+    return PlainLoop(load_model(folder), kv), obstacle
+
+
+def _rounding(model: Any, int8: bool) -> Any:
+    """The model, rounding its inputs if that is wanted."""
+    if int8 and round_inputs(model, INT8) == 0:
+        raise RarefyError(
+            "no matrix has integers of 2, 3, 4 or 8 bits, or all round their inputs already"
+        )
+    return model

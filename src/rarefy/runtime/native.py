@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rarefy.errors import RarefyError
+from rarefy.formats.activation import IntActivation
 from rarefy.formats.integer import Int
 from rarefy.formats.llm_int8 import LLMInt8
 from rarefy.kernels import library
@@ -19,7 +20,7 @@ from rarefy.kernels.library import Matrix
 from rarefy.kernels.mixed import MixedKernel
 from rarefy.kernels.ops_int import describe
 from rarefy.runtime.factored import Factored
-from rarefy.runtime.packed import PackedLinear, PackedMatrix, TiedHead
+from rarefy.runtime.packed import PackedLinear, PackedMatrix, RoundsInputs, TiedHead
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,8 @@ class _Linear(ctypes.Structure):
 
     _fields_ = (
         *(("matrix", Matrix), ("first", Matrix), ("bias", _AT), ("row", _I64), ("rows", _I64)),
-        *(("input_scale", _AT), ("rounded", _I64), ("outlier", ctypes.c_double)),
+        *(("input_scale", _AT), ("rounded", _I64), ("input_group", _I64)),
+        ("outlier", ctypes.c_double),
     )
 
 
@@ -191,10 +193,12 @@ class _Kept:
             self._counting(last), bias=self.vector(share.bias), row=share.row, rows=share.rows,
             rounded=_rounds(last),
         )  # fmt: skip
-        if isinstance(last, PackedLinear) and last.rounding is not None:
+        if isinstance(last, RoundsInputs) and last.rounding is not None:
             found.input_scale = self.vector(last.input_scale)
             if isinstance(last.rounding, LLMInt8):
                 found.outlier = last.rounding.threshold
+            if isinstance(last.rounding, IntActivation) and last.rounding.per == "group":
+                found.input_group = last.rounding.group
         if first is not None:
             found.first = self._counting(first)
         return found
@@ -271,15 +275,15 @@ class _Kept:
 
 def int8_kernel(module: nn.Module | None) -> Int8Kernel | MixedKernel | None:
     """The product of a linear whose inputs become int8 codes, whatever their number."""
-    kernel = module.rounding_kernel if isinstance(module, PackedLinear) else None
+    kernel = module.rounding_kernel if isinstance(module, RoundsInputs) else None
     if isinstance(kernel, MixedKernel):
         return kernel if kernel.fmt.bits == 8 else None
-    return kernel if type(kernel) is Int8Kernel else None
+    return kernel if isinstance(kernel, Int8Kernel) else None
 
 
 def _rounds(module: nn.Module | None) -> bool:
     """Whether a linear rounds its inputs."""
-    return isinstance(module, PackedLinear) and module.rounding is not None
+    return isinstance(module, RoundsInputs) and module.rounding is not None
 
 
 def _holder(module: nn.Module) -> nn.Module:

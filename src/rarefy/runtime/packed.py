@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from rarefy.kernels.bind import described, kernel_for, runs_on
+from rarefy.kernels.bind import Int8Kernel, described, kernel_for, runs_on
 
 if TYPE_CHECKING:
     from rarefy.formats.activation import Activation
@@ -48,7 +48,12 @@ class PackedMatrix(nn.Module):
     @property
     def kernel(self) -> str:
         """What multiplies, for tables."""
-        return "held dense" if self.held is not None else described(self._multiply)
+        return self.multiplier(None)
+
+    def multiplier(self, rounding_kernel: Kernel | None) -> str:
+        """The same where inputs are rounded by a kernel, if it is not None."""
+        used = rounding_kernel or self._multiply
+        return "held dense" if self.held is not None else described(used)
 
     def tensors(self) -> Packed:
         """The stored tensors by suffix."""
@@ -79,7 +84,33 @@ class PackedMatrix(nn.Module):
         return f"{self.shape[1]} -> {self.shape[0]}, {self.fmt.label()}"
 
 
-class PackedLinear(PackedMatrix):
+class RoundsInputs:
+    """What modules have in common whose inputs may be rounded before they are multiplied.
+
+    Attributes:
+        rounding: how inputs are rounded, if they are. input_scale: its stored scale, if it has one.
+        rounding_kernel: what rounds inputs and multiplies, where there is such a kernel.
+    """
+
+    rounding: Activation | None = None
+    rounding_kernel: Kernel | None = None
+    input_scale: torch.Tensor | None
+
+    def round_by(self, rounding: Activation, kernel: Kernel | None = None) -> None:
+        """Round inputs by another rule from here on; without a kernel, before the product."""
+        self.rounding, self.rounding_kernel = rounding, kernel
+
+    def product_with(self, matrix: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
+        """``x W^T`` for x [..., n], giving [..., m]."""
+        kernel = None if matrix.held is not None else self.rounding_kernel
+        if self.rounding is None:
+            return matrix.product(x)
+        if kernel is not None and runs_on(x, kernel):
+            return kernel.product(x, matrix.tensors(), self.input_scale)
+        return matrix.product(self.rounding.round(x, self.input_scale))
+
+
+class PackedLinear(PackedMatrix, RoundsInputs):
     """``y = x W^T + b`` from a packed W; stands in for nn.Linear and for GPT-2's Conv1D.
 
     Args:
@@ -87,8 +118,6 @@ class PackedLinear(PackedMatrix):
         bias: b, or None.
         rounding: how x is rounded first, if it is.
     """
-
-    input_scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -99,19 +128,10 @@ class PackedLinear(PackedMatrix):
     ) -> None:
         super().__init__(fmt, shape)
         self.bias = bias
-        self.rounding = rounding
-        self._round_and_multiply = None if rounding is None else kernel_for(fmt, rounding)
+        if rounding is not None:
+            self.round_by(rounding, kernel_for(fmt, rounding))
         scale = torch.empty(1, device="meta") if rounding is not None and rounding.static else None
         self.register_buffer("input_scale", scale)
-
-    def round_by(self, rounding: Activation) -> None:
-        """Round inputs by another rule from here on, without a kernel of its own."""
-        self.rounding, self._round_and_multiply = rounding, None
-
-    @property
-    def rounding_kernel(self) -> Kernel | None:
-        """What rounds inputs and multiplies, where there is such a kernel."""
-        return self._round_and_multiply
 
     @property
     def weight(self) -> torch.Tensor:
@@ -121,18 +141,11 @@ class PackedLinear(PackedMatrix):
     @property
     def kernel(self) -> str:
         """What multiplies, for tables."""
-        rounded = self._round_and_multiply
-        return super().kernel if rounded is None or self.held is not None else described(rounded)
+        return self.multiplier(self.rounding_kernel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n] -> [..., m]."""
-        kernel = None if self.held is not None else self._round_and_multiply
-        if self.rounding is None:
-            y = self.product(x)
-        elif kernel is not None and runs_on(x, kernel):
-            y = kernel.product(x, self.tensors(), self.input_scale)
-        else:
-            y = self.product(self.rounding.round(x, self.input_scale))
+        y = self.product_with(self, x)
         return y if self.bias is None else y + self.bias
 
 
@@ -168,7 +181,7 @@ class PackedEmbedding(PackedMatrix):
         return rows if self.factor is None else rows * self.factor
 
 
-class TiedHead(nn.Module):
+class TiedHead(nn.Module, RoundsInputs):
     """A head that reads the packed embedding.
 
     Args:
@@ -178,12 +191,36 @@ class TiedHead(nn.Module):
     def __init__(self, embedding: PackedEmbedding) -> None:
         super().__init__()
         self.embedding = (embedding,)  # in a tuple: not a submodule, so nothing is stored twice
+        self.input_scale = None
 
     @property
     def kernel(self) -> str:
         """What multiplies, for tables."""
-        return self.embedding[0].kernel
+        return self.embedding[0].multiplier(self.rounding_kernel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., width] -> [..., vocabulary]."""
-        return self.embedding[0].product(x)
+        return self.product_with(self.embedding[0], x)
+
+
+def round_inputs(model: nn.Module, rounding: Activation) -> int:
+    """Round the inputs of packed matrices from here on, where that is faster and nothing did yet.
+
+    Args:
+        model: whose modules are changed.
+        rounding: how, without a stored scale.
+
+    Returns:
+        How many matrices that are.
+    """
+    count = 0
+    for module in model.modules():
+        if not isinstance(module, RoundsInputs) or module.rounding is not None:
+            continue
+        matrix = module.embedding[0] if isinstance(module, TiedHead) else module
+        assert isinstance(matrix, PackedMatrix)
+        kernel = kernel_for(matrix.fmt, rounding)
+        if isinstance(kernel, Int8Kernel) and kernel.fast:
+            module.round_by(rounding, kernel)
+            count += 1
+    return count

@@ -221,7 +221,8 @@ class Decoder {
     if (linear.rounded && linear.outlier > 0) {
       local.rows.product_mixed(linear.matrix, x, static_cast<float>(linear.outlier), out, row0, row1);
     } else if (linear.rounded) {
-      local.rows.product_int8(linear.matrix, x, linear.input_scale, out, row0, row1);
+      local.rows.product_int8(linear.matrix, x, linear.input_scale, linear.input_group, out, row0,
+                              row1);
     } else {
       local.rows.product(linear.matrix, x, out, row0, row1);
     }

@@ -19,6 +19,7 @@ struct rarefy_linear {
   int64_t row, rows;
   const float* input_scale;  // of inputs that are rounded, or null: each vector's own
   int64_t rounded;           // inputs become int8 codes; not with `first`
+  int64_t input_group;       // columns that share their scale: 64, or 0 for all
   double outlier;            // inputs at least as large do not, if it is positive; 8-bit weights only
 };
 

@@ -18,9 +18,12 @@ namespace {
 constexpr int64_t kAtOnce = 256;       // vectors that are arranged together
 constexpr int64_t kColumns = 1 << 16;  // 255 * 128 * this still fits 32 bits
 
-const Int8Kernels& kernels() {
+// AVX-512 has loops of its own for 4 and 8 bits, and none where columns of a vector have scales of
+// their own: there 64 of them are one step of AVX2, and half a step of AVX-512.
+const Int8Kernels& kernels(const rarefy_matrix& m, int64_t input_group) {
 #if defined(RAREFY_X86)
-  return pick(&int8_portable, &int8_avx2, &int8_avx512);
+  const bool wide = (m.bits == 4 || m.bits == 8) && input_group == 0;
+  return pick(&int8_portable, &int8_avx2, wide ? &int8_avx512 : &int8_avx2);
 #else
   return pick<Int8Kernels>(&int8_portable, nullptr, nullptr);
 #endif
@@ -54,23 +57,39 @@ float quantize(const float* x, int64_t count, const float* given, int8_t* codes,
   return lost ? std::numeric_limits<float>::quiet_NaN() : scale;
 }
 
-// The sum of each group's codes, where `sums_of_groups` looks for them.
-void add_groups(const rarefy_matrix& m, const int8_t* codes, int32_t* sums, int64_t stride) {
-  const int64_t groups = groups_of(m);
-  if (groups == 1) return;
+// The same with a scale for every kInputGroup columns: those scales, zeros behind them.
+void quantize_groups(const float* x, int64_t count, int8_t* codes, float* scale, int64_t room) {
+  int32_t total;
+  int64_t g = 0;
+  for (int64_t j = 0; j < count; j += kInputGroup) {
+    scale[g++] = quantize(x + j, std::min(kInputGroup, count - j), nullptr, codes + j, &total);
+  }
+  std::fill(scale + g, scale + room, 0.0f);
+}
+
+// The sum of each group's codes, times their scales, where `sums_of_groups` looks for them.
+void add_groups(const rarefy_matrix& m, const int8_t* codes, const float* scales, int32_t* sums,
+                int64_t stride) {
+  const int64_t groups = groups_of(m), group = groups > 1 ? m.group : m.columns;
   float* out = reinterpret_cast<float*>(sums + stride / 2);
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t end = std::min(m.columns, (g + 1) * m.group);
-    int32_t sum = 0;
-    for (int64_t j = g * m.group; j < end; ++j) sum += codes[j];
-    out[g] = static_cast<float>(sum);
+    const int64_t end = std::min(m.columns, (g + 1) * group);
+    float total = 0.0f;
+    for (int64_t j = g * group; j < end;) {
+      const int64_t next = scales ? std::min(end, round_up(j + 1, kInputGroup)) : end;
+      const float scale = scales ? scales[j / kInputGroup] : 1.0f;
+      int32_t sum = 0;
+      for (; j < next; ++j) sum += codes[j];
+      total += scale * static_cast<float>(sum);
+    }
+    out[g] = total;
   }
   for (int64_t g = groups; g < round_up(groups, 16); ++g) out[g] = 0.0f;
 }
 
 // Pieces of one block of memory, each on a cache line of its own.
 struct Layout {
-  int64_t stride, own, x, sums, totals, scale, codes, scratch, end;
+  int64_t stride, own, x, sums, totals, scale, blocks, codes, scratch, end;
 
   Layout(const rarefy_matrix& m, int64_t vectors, int threads) {
     stride = int8_stride(m);
@@ -79,11 +98,62 @@ struct Layout {
     sums = x + round_up(vectors * stride, 64);
     totals = sums + round_up(vectors * stride * 4, 64);
     scale = totals + round_up(vectors * 4, 64);
-    codes = scale + round_up(vectors * 4, 64);
+    blocks = scale + round_up(vectors * 4, 64);
+    codes = blocks + vectors * int8_blocks(stride) * 4;
     scratch = codes + threads * stride;
     end = scratch + threads * own * 4;
   }
 };
+
+// Vectors on their way to a product, in memory that a Layout divides.
+struct Prepared {
+  Layout at;
+  int8_t *x, *codes;
+  int32_t *sums, *totals;
+  float *scale, *blocks, *scratch;
+  bool grouped;
+
+  Prepared(const Layout& layout, void* memory, int64_t input_group)
+      : at(layout), grouped(input_group > 0) {
+    char* base = static_cast<char*>(memory);
+    x = reinterpret_cast<int8_t*>(base + at.x);
+    codes = reinterpret_cast<int8_t*>(base + at.codes);
+    sums = reinterpret_cast<int32_t*>(base + at.sums);
+    totals = reinterpret_cast<int32_t*>(base + at.totals);
+    scale = reinterpret_cast<float*>(base + at.scale);
+    blocks = reinterpret_cast<float*>(base + at.blocks);
+    scratch = reinterpret_cast<float*>(base + at.scratch);
+  }
+
+  // Round and arrange vector t.
+  void take(const rarefy_matrix& m, const Int8Kernels& k, const float* from, const float* given,
+            int64_t t, int thread) const {
+    int8_t* mine = codes + thread * at.stride;
+    int32_t* mine_sums = sums + t * at.stride;
+    float* scales = nullptr;
+    if (grouped) {
+      scales = blocks + t * int8_blocks(at.stride);
+      quantize_groups(from, m.columns, mine, scales, int8_blocks(at.stride));
+      scale[t] = 1.0f;
+    } else {
+      scale[t] = quantize(from, m.columns, given, mine, totals + t);
+    }
+    k.arrange(m, mine, x + t * at.stride, mine_sums, at.stride);
+    add_groups(m, mine, scales, mine_sums, at.stride);
+  }
+
+  // The product of `wanted` vectors from number t on; y is where the first of them goes.
+  Int8Product product(const rarefy_matrix& m, int64_t t, int64_t wanted, float* y) const {
+    return {&m, x + t * at.stride, sums + t * at.stride, totals + t, scale + t,
+            grouped ? blocks + t * int8_blocks(at.stride) : nullptr, at.stride, together(wanted), y,
+            wanted};
+  }
+};
+
+bool sound8(const rarefy_matrix& m, const float* input_scale, int64_t input_group) {
+  if (!sound(m) || m.columns > kColumns) return false;
+  return input_group == 0 || (input_group == kInputGroup && input_scale == nullptr);
+}
 
 }  // namespace
 
@@ -92,67 +162,50 @@ int64_t int8_scratch(const rarefy_matrix& m) {
   return 4 * (2 * round_up(groups_of(m) + 4, 16) + round_up(m.columns, 128) / 8 + 16);
 }
 
-int matvec_int8(const rarefy_matrix& m, const float* x, const float* input_scale, float* y,
-                int64_t vectors, Pool& pool, int threads) {
-  if (!sound(m) || m.columns > kColumns) return RAREFY_UNSUPPORTED;
+int matvec_int8(const rarefy_matrix& m, const float* x, const float* input_scale,
+                int64_t input_group, float* y, int64_t vectors, Pool& pool, int threads) {
+  if (!sound8(m, input_scale, input_group)) return RAREFY_UNSUPPORTED;
   static thread_local Scratch memory;
-  const Int8Kernels& k = kernels();
+  const Int8Kernels& k = kernels(m, input_group);
   threads = std::max(1, threads);
   const int64_t most = round_up(std::min(vectors, kAtOnce), kTogether);
   const Layout at(m, most, threads);
-  char* base = static_cast<char*>(memory.take(at.end));
-  int8_t* arranged = reinterpret_cast<int8_t*>(base + at.x);
-  int8_t* codes = reinterpret_cast<int8_t*>(base + at.codes);
-  int32_t* sums = reinterpret_cast<int32_t*>(base + at.sums);
-  int32_t* totals = reinterpret_cast<int32_t*>(base + at.totals);
-  float* scale = reinterpret_cast<float*>(base + at.scale);
-  float* scratch = reinterpret_cast<float*>(base + at.scratch);
+  const Prepared ready(at, memory.take(at.end), input_group);
   const int64_t size = rows_per_part(m, threads);
   for (int64_t first = 0; first < vectors; first += kAtOnce) {
     const int64_t count = std::min(kAtOnce, vectors - first);
     pool.each(count < kTogether ? 1 : threads, count, [&](int64_t t, int thread) {
-      int8_t* mine = codes + thread * at.stride;
-      scale[t] = quantize(x + (first + t) * m.columns, m.columns, input_scale, mine, totals + t);
-      k.arrange(m, mine, arranged + t * at.stride, sums + t * at.stride, at.stride);
-      add_groups(m, mine, sums + t * at.stride, at.stride);
+      ready.take(m, k, x + (first + t) * m.columns, input_scale, t, thread);
     });
     pool.each(threads, ceil_div(m.rows, size), [&](int64_t part, int thread) {
       const int64_t row0 = part * size, row1 = std::min(m.rows, row0 + size);
       for (int64_t t = 0; t < count; t += kTogether) {
         const int64_t wanted = std::min<int64_t>(kTogether, count - t);
-        const Int8Product p{&m, arranged + t * at.stride, sums + t * at.stride, totals + t,
-                            scale + t, at.stride, together(wanted), y + (first + t) * m.rows,
-                            wanted};
-        k.product(p, row0, row1, scratch + thread * at.own);
+        const Int8Product p = ready.product(m, t, wanted, y + (first + t) * m.rows);
+        k.product(p, row0, row1, ready.scratch + thread * at.own);
       }
     });
   }
   return RAREFY_DONE;
 }
 
-int Rounded::product(const rarefy_matrix& m, const float* x, const float* input_scale, float* y,
-                     int64_t row0, int64_t row1) {
-  if (!sound(m) || m.columns > kColumns) return RAREFY_UNSUPPORTED;
-  const Int8Kernels& k = kernels();
+int Rounded::product(const rarefy_matrix& m, const float* x, const float* input_scale,
+                     int64_t input_group, float* y, int64_t row0, int64_t row1) {
+  if (!sound8(m, input_scale, input_group)) return RAREFY_UNSUPPORTED;
+  const Int8Kernels& k = kernels(m, input_group);
   const Layout at(m, kTogether, 1);
-  char* base = static_cast<char*>(memory_.take(at.end));
-  int8_t* arranged = reinterpret_cast<int8_t*>(base + at.x);
-  int32_t* sums = reinterpret_cast<int32_t*>(base + at.sums);
-  int32_t* totals = reinterpret_cast<int32_t*>(base + at.totals);
-  float* scale = reinterpret_cast<float*>(base + at.scale);
+  const Prepared ready(at, memory_.take(at.end), input_group);
   if (from_ != x || given_ != input_scale || bits_ != m.bits || columns_ != m.columns ||
-      group_ != m.group) {
-    int8_t* codes = reinterpret_cast<int8_t*>(base + at.codes);
-    *scale = quantize(x, m.columns, input_scale, codes, totals);
-    k.arrange(m, codes, arranged, sums, at.stride);
+      group_ != m.group || input_group_ != input_group) {
+    ready.take(m, k, x, input_scale, 0, 0);
     from_ = x;
     given_ = input_scale;
     bits_ = m.bits;
     columns_ = m.columns;
     group_ = m.group;
+    input_group_ = input_group;
   }
-  const Int8Product p{&m, arranged, sums, totals, scale, at.stride, 1, y - row0, 1};
-  k.product(p, row0, row1, reinterpret_cast<float*>(base + at.scratch));
+  k.product(ready.product(m, 0, 1, y - row0), row0, row1, ready.scratch);
   return RAREFY_DONE;
 }
 

@@ -2,6 +2,8 @@
 // product a group. W8A8 is the case of one group a row.
 //
 //   y[t, i] = s_x[t] sum_g s[i, g] (sum_{j in g} q[i, j] c[t, j]  -  z[i, g] sum_{j in g} c[t, j])
+//
+// Where every 64 columns of a vector have a scale of their own, s_x stands inside the sum.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +20,8 @@ struct Int8Product {
                         // from the middle on those of each group, as floats
   const int32_t* totals;  // [vectors]: the sum of all c
   const float* scale;     // [vectors]
+  const float* blocks;    // [vectors, int8_blocks]: the scale of every kInputGroup columns, zeros
+                          // behind them, where `scale` is 1; or null
   int64_t stride;
   int64_t vectors;  // 1, 2, 4 or 8
   float* y;         // [wanted, m]
@@ -31,10 +35,17 @@ struct Int8Kernels {
   void (*product)(const Int8Product& p, int64_t row0, int64_t row1, float* scratch);
 };
 
+// Columns of a vector that share a scale where they do not all.
+constexpr int64_t kInputGroup = 64;
+
 // Bytes of an arranged vector, and integers of its sums; at least what every level needs.
 inline int64_t int8_stride(const rarefy_matrix& m) { return 2 * ((m.columns + 127) / 128 * 128); }
 
-// Where a vector's sums of each group are: floats, zeros behind them to a multiple of 16.
+// Room for the scales of a vector's columns.
+inline int64_t int8_blocks(int64_t stride) { return (stride / kInputGroup + 15) / 16 * 16; }
+
+// Where a vector's sums of each group are: floats, zeros behind them to a multiple of 16. Where
+// columns have scales of their own, those are in the sums.
 inline const float* sums_of_groups(const int32_t* sums, int64_t stride) {
   return reinterpret_cast<const float*>(sums + stride / 2);
 }
@@ -54,17 +65,14 @@ class Rounded {
   void renew() { from_ = nullptr; }
 
   // y[0 .. row1 - row0] = rows row0 .. row1. Returns a rarefy_status.
-  int product(const rarefy_matrix& m, const float* x, const float* input_scale, float* y,
-              int64_t row0, int64_t row1);
+  int product(const rarefy_matrix& m, const float* x, const float* input_scale,
+              int64_t input_group, float* y, int64_t row0, int64_t row1);
 
  private:
   Scratch memory_;
   const float *from_ = nullptr, *given_ = nullptr;  // vector and scale, and the codes it is for
-  int64_t columns_ = 0, group_ = 0;
+  int64_t columns_ = 0, group_ = 0, input_group_ = 0;
   int32_t bits_ = 0;
 };
-
-int matvec_int8(const rarefy_matrix& m, const float* x, const float* input_scale, float* y,
-                int64_t vectors, Pool& pool, int threads);
 
 }  // namespace rarefy

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "rows8.h"
+#include "single8_avx2.h"
 
 namespace rarefy {
 namespace {
@@ -16,7 +17,6 @@ struct Narrow {
   static I none() { return _mm256_setzero_si256(); }
   static F load(const float* at) { return _mm256_loadu_ps(at); }
   static F zero() { return _mm256_setzero_ps(); }
-  static I whole(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
   static I sums(const int32_t* at) { return whole(at); }
   static F floats(I v) { return _mm256_cvtepi32_ps(v); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -27,11 +27,7 @@ struct Narrow {
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
   }
-  static float total(F v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-  }
+  static float total(F v) { return horizontal(v); }
 };
 
 struct Bytes : Narrow {
@@ -89,16 +85,42 @@ void arrange_wide(const int8_t* c, int64_t columns, int16_t* out, int32_t* sums)
   }
 }
 
+template <class Step>
+void arrange_steps(const int8_t* c, int64_t columns, int8_t* out) {
+  for (int64_t j = 0; j < columns; j += 64) {
+    for (int place = 0; place < 64; ++place) out[j + place] = c[j + Step::column(place)];
+  }
+}
+
 bool nibbles(const rarefy_matrix& m) { return m.bits == 4 && fits8<Nibbles>(m); }
 bool bytes(const rarefy_matrix& m) { return m.bits == 8 && fits8<Bytes>(m); }
 
 void arrange(const rarefy_matrix& m, const int8_t* c, int8_t* out, int32_t* sums, int64_t stride) {
+  if (Single8<StepOfCrumbs>::fits(m)) return arrange_steps<StepOfCrumbs>(c, m.columns, out);
+  if (Single8<StepOfThrees>::fits(m)) return arrange_steps<StepOfThrees>(c, m.columns, out);
   if (nibbles(m)) return arrange_nibbles(c, m.columns, 32, out, sums);
   if (bytes(m)) return arrange_wide(c, m.columns, reinterpret_cast<int16_t*>(out), sums);
   int8_portable.arrange(m, c, out, sums, stride);
 }
 
+// The loop for one vector, if it is better than the one for several.
+template <class Step>
+bool singly(const Int8Product& p, int64_t row0, int64_t row1, float* scratch) {
+  if (!Single8<Step>::fits(*p.matrix)) return false;
+  const bool better = p.blocks != nullptr || (p.vectors == 1 && groups_of(*p.matrix) > 1);
+  if (!better && (Step::bits == 4 || Step::bits == 8)) return false;
+  for (int64_t t = 0; t < p.wanted; ++t) {
+    const Int8Product one = one_of(p, t);
+    Single8<Step>(one).part(row0, row1, scratch);
+  }
+  return true;
+}
+
 void product(const Int8Product& p, int64_t row0, int64_t row1, float* scratch) {
+  if (singly<StepOfCrumbs>(p, row0, row1, scratch)) return;
+  if (singly<StepOfThrees>(p, row0, row1, scratch)) return;
+  if (singly<StepOfNibbles>(p, row0, row1, scratch)) return;
+  if (singly<StepOfBytes>(p, row0, row1, scratch)) return;
   if (nibbles(*p.matrix)) return product8_of<Nibbles>(p, row0, row1, scratch);
   if (bytes(*p.matrix)) return product8_of<Bytes>(p, row0, row1, scratch);
   int8_portable.product(p, row0, row1, scratch);

@@ -35,10 +35,16 @@ void product(const Int8Product& p, int64_t row0, int64_t row1, float* scratch) {
     }
     for (int64_t t = 0; t < p.wanted; ++t) {
       const int8_t* c = p.x + t * p.stride;
+      const float* blocks = p.blocks == nullptr ? nullptr : p.blocks + t * int8_blocks(p.stride);
       float sum = 0.0f;
-      for (int64_t first = 0, g = 0; g < groups; ++g, first += group) {
-        const int64_t count = at_most(group, m.columns - first);
-        sum += scale[g] * static_cast<float>(dot(less_zero + first, c + first, count));
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t end = at_most(m.columns, (g + 1) * group);
+        for (int64_t j = g * group; j < end;) {
+          const int64_t next = blocks ? at_most(end, round_up(j + 1, kInputGroup)) : end;
+          const float both = blocks ? scale[g] * blocks[j / kInputGroup] : scale[g];
+          sum += both * static_cast<float>(dot(less_zero + j, c + j, next - j));
+          j = next;
+        }
       }
       p.y[t * m.rows + row] = sum * p.scale[t];
     }

@@ -60,9 +60,10 @@ int rarefy_matmul(const rarefy_matrix* matrix, const float* x, float* y, int64_t
 
 // The same with every vector rounded to int8 codes first, integer accumulators (RAREFY_INT only):
 //   y = s_x s_g sum (code - zero) round(x / s_x),  s_x = max|x| / 127 of each vector,
-// or the given scale where `input_scale` is not null (one number for all vectors).
+// or the given scale where `input_scale` is not null (one number for all vectors). With an
+// `input_group` of 64 every 64 columns of a vector have their own s_x; else it is 0.
 int rarefy_matvec_int8(const rarefy_matrix* matrix, const float* x, const float* input_scale,
-                       float* y, int64_t vectors, int threads);
+                       int64_t input_group, float* y, int64_t vectors, int threads);
 
 // out[row1 - row0, n] = those rows as float32.
 int rarefy_decode(const rarefy_matrix* matrix, int64_t row0, int64_t row1, float* out,
@@ -93,8 +94,8 @@ class Pool;
 
 int matvec(const rarefy_matrix& matrix, const float* x, float* y, int64_t vectors, Pool& pool,
            int threads);
-int matvec_int8(const rarefy_matrix& matrix, const float* x, const float* input_scale, float* y,
-                int64_t vectors, Pool& pool, int threads);
+int matvec_int8(const rarefy_matrix& matrix, const float* x, const float* input_scale,
+                int64_t input_group, float* y, int64_t vectors, Pool& pool, int threads);
 int decode(const rarefy_matrix& matrix, int64_t row0, int64_t row1, float* out, Pool& pool,
            int threads);
 int decode_rows(const rarefy_matrix& matrix, const int64_t* rows, int64_t count, float* out,

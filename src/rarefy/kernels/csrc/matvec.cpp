@@ -98,10 +98,10 @@ extern "C" int rarefy_matmul(const rarefy_matrix* matrix, const float* x, float*
 }
 
 extern "C" int rarefy_matvec_int8(const rarefy_matrix* matrix, const float* x,
-                                  const float* input_scale, float* y, int64_t vectors,
-                                  int threads) {
+                                  const float* input_scale, int64_t input_group, float* y,
+                                  int64_t vectors, int threads) {
   return guarded(matrix, [&](const rarefy_matrix& m, Pool& pool) {
-    return rarefy::matvec_int8(m, x, input_scale, y, vectors, pool, threads);
+    return rarefy::matvec_int8(m, x, input_scale, input_group, y, vectors, pool, threads);
   });
 }
 

@@ -26,15 +26,16 @@ bool fits8(const rarefy_matrix& m) {
 }
 
 // How scales lie over the steps of a row. Where groups and steps divide each other, `per_step` of
-// them belong to a step or one belongs to `steps` of them; else they are written out by blocks.
+// them belong to a step or one belongs to `steps` of them; else, and where columns of the vector have
+// scales of their own, they are written out by blocks.
 template <class W>
 struct Lie {
   int64_t per_step = 1, steps = 1, blocks = 0;
   typename W::Pattern pattern;
 
-  explicit Lie(const rarefy_matrix& m) {
+  Lie(const rarefy_matrix& m, bool out) {
     int64_t many = groups_of(m) > 1 ? m.group / block<W>() : W::scales;
-    if (many % W::scales != 0 && W::scales % many != 0) {
+    if (out || (many % W::scales != 0 && W::scales % many != 0)) {
       blocks = ceil_div(m.columns, W::unit) * W::scales;
       many = 1;
     }
@@ -55,7 +56,8 @@ struct Row8 {
   const float* shift;
   alignas(64) uint8_t tail[128];
 
-  void open(const rarefy_matrix& m, int64_t row, int64_t safe, const Lie<W>& lie, float* scratch) {
+  void open(const Int8Product& p, int64_t row, int64_t safe, const Lie<W>& lie, float* scratch) {
+    const rarefy_matrix& m = *p.matrix;
     codes = row_codes(m, row);
     const int64_t from = safe * W::bytes, groups = groups_of(m), room = round_up(groups + 4, 16);
     if (from < m.words_per_row * 4) {
@@ -75,14 +77,16 @@ struct Row8 {
     scale = s;
     negative = z;
     shift = scratch + room;
-    if (lie.blocks > 0) spread(m.group / block<W>(), lie.blocks, scratch + 2 * room);
+    if (lie.blocks == 0) return;
+    spread(groups > 1 ? m.group / block<W>() : lie.blocks, p.blocks, lie.blocks, scratch + 2 * room);
   }
 
-  void spread(int64_t many, int64_t blocks, float* scratch) {
+  void spread(int64_t many, const float* inputs, int64_t blocks, float* scratch) {
     float* s = scratch;
     int32_t* z = reinterpret_cast<int32_t*>(scratch + blocks);
     for (int64_t b = 0; b < blocks; ++b) {
       s[b] = scale[b / many];
+      if (inputs != nullptr) s[b] *= inputs[b * block<W>() / kInputGroup];
       z[b] = negative[b / many];
     }
     scale = s;
@@ -99,10 +103,10 @@ void product8_of_groups(const Int8Product& p, int64_t row0, float* scratch) {
   const int64_t safe = at_most(units, m.words_per_row * 4 / W::bytes);
   const int64_t distance = R * m.words_per_row * 4;
   constexpr bool late = W::late && T == 8;
-  const Lie<W> lie(m);
+  const Lie<W> lie(m, p.blocks != nullptr);
   Row8<W, late> row[R];
   typename W::F sum[R][T];
-  for (int r = 0; r < R; ++r) row[r].open(m, row0 + r, safe, lie, scratch + r * room);
+  for (int r = 0; r < R; ++r) row[r].open(p, row0 + r, safe, lie, scratch + r * room);
   RAREFY_UNROLL
   for (int r = 0; r < R; ++r) {
     RAREFY_UNROLL
@@ -156,10 +160,10 @@ void product8_of_rows(const Int8Product& p, int64_t row0, float* scratch) {
   const int64_t units = ceil_div(m.columns, W::unit), room = int8_scratch(m) / 4;
   const int64_t safe = at_most(units, m.words_per_row * 4 / W::bytes);
   const int64_t distance = R * m.words_per_row * 4;
-  const Lie<W> lie(m);
+  const Lie<W> lie(m, false);
   Row8<W> row[R];
   typename W::I sum[R][T];
-  for (int r = 0; r < R; ++r) row[r].open(m, row0 + r, safe, lie, scratch + r * room);
+  for (int r = 0; r < R; ++r) row[r].open(p, row0 + r, safe, lie, scratch + r * room);
   RAREFY_UNROLL
   for (int r = 0; r < R; ++r) {
     RAREFY_UNROLL
@@ -190,7 +194,7 @@ void product8_of_rows(const Int8Product& p, int64_t row0, float* scratch) {
 
 template <class W, int R, int T>
 void product8_of_part(const Int8Product& p, int64_t row0, int64_t row1, float* scratch) {
-  const bool whole = groups_of(*p.matrix) == 1;
+  const bool whole = groups_of(*p.matrix) == 1 && p.blocks == nullptr;
   for (; row0 + R <= row1; row0 += R) {
     whole ? product8_of_rows<W, R, T>(p, row0, scratch)
           : product8_of_groups<W, R, T>(p, row0, scratch);
@@ -201,8 +205,26 @@ void product8_of_part(const Int8Product& p, int64_t row0, int64_t row1, float* s
   }
 }
 
+// Vector t of a product.
+inline Int8Product one_of(const Int8Product& p, int64_t t) {
+  Int8Product one = p;
+  one.x += t * p.stride;
+  one.sums += t * p.stride;
+  one.totals += t;
+  one.scale += t;
+  if (p.blocks != nullptr) one.blocks += t * int8_blocks(p.stride);
+  one.y += t * p.matrix->rows;
+  one.vectors = one.wanted = 1;
+  return one;
+}
+
+// Where columns have scales of their own, vectors share no more than the cache.
 template <class W>
 void product8_of(const Int8Product& p, int64_t row0, int64_t row1, float* scratch) {
+  if (p.blocks != nullptr && p.vectors > 1) {
+    for (int64_t t = 0; t < p.wanted; ++t) product8_of<W>(one_of(p, t), row0, row1, scratch);
+    return;
+  }
   switch (p.vectors) {
     case 1:
       return product8_of_part<W, 4, 1>(p, row0, row1, scratch);

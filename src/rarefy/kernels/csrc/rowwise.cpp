@@ -113,7 +113,7 @@ int RowWorker::product_mixed(const rarefy_matrix& matrix, const float* x, float 
     mixed_ = x;
     outlier_ = outlier;
   }
-  const int status = rounded_.product(matrix, calm, nullptr, y, row0, row1);
+  const int status = rounded_.product(matrix, calm, nullptr, 0, y, row0, row1);
   if (status != RAREFY_DONE) return status;
   for (int64_t row = row0; row < row1; ++row) {
     float sum = 0.0f;
@@ -148,7 +148,7 @@ bool has_rows(const rarefy_matrix& matrix, bool rounded) {
   float y = 0.0f;
   const int64_t row1 = std::min<int64_t>(1, matrix.rows);
   RowWorker worker;
-  const int status = rounded ? worker.product_int8(matrix, x.data(), nullptr, &y, 0, row1)
+  const int status = rounded ? worker.product_int8(matrix, x.data(), nullptr, 0, &y, 0, row1)
                              : worker.product(matrix, x.data(), &y, 0, row1);
   return status == RAREFY_DONE;
 }

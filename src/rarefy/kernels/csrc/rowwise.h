@@ -23,9 +23,9 @@ class RowWorker {
   int product(const rarefy_matrix& matrix, const float* x, float* y, int64_t row0, int64_t row1);
 
   // The same with the vector rounded to int8 first, as rarefy_matvec_int8 does.
-  int product_int8(const rarefy_matrix& matrix, const float* x, const float* input_scale, float* y,
-                   int64_t row0, int64_t row1) {
-    return rounded_.product(matrix, x, input_scale, y, row0, row1);
+  int product_int8(const rarefy_matrix& matrix, const float* x, const float* input_scale,
+                   int64_t input_group, float* y, int64_t row0, int64_t row1) {
+    return rounded_.product(matrix, x, input_scale, input_group, y, row0, row1);
   }
 
   // The same, but numbers of at least `outlier` stay as they are, and the scale is that of the others
