@@ -64,13 +64,11 @@ struct Nibbles : Narrow {
     return _mm256_inserti128_si256(_mm256_set1_epi32(at[0]), _mm_set1_epi32(at[next]), 1);
   }
   static Q codes(const uint8_t* at) {
-    const __m256i both = whole(at), mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(both, mask), _mm256_and_si256(_mm256_srli_epi16(both, 4), mask)};
+    const __m256i both = whole(at);
+    return {StepOfNibbles::low(both), StepOfNibbles::high(both)};
   }
   static I dot(const Q& q, const int8_t* c, I sum) {
-    const __m256i four = _mm256_add_epi16(_mm256_maddubs_epi16(q.low, whole(c)),
-                                          _mm256_maddubs_epi16(q.high, whole(c + 32)));
-    return pairs(four, _mm256_set1_epi16(1), sum);
+    return _mm256_add_epi32(sum, StepOfNibbles(c).sums(q.low, q.high));
   }
 };
 

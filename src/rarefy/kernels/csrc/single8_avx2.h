@@ -81,10 +81,12 @@ struct StepOfNibbles : Halves {
   static constexpr int bits = 4, bytes = 32;
   using Halves::Halves;
 
+  static __m256i low(__m256i both) { return _mm256_and_si256(both, _mm256_set1_epi8(15)); }
+  static __m256i high(__m256i both) { return low(_mm256_srli_epi16(both, 4)); }
+
   __m256i dot(const uint8_t* codes) const {
-    const __m256i both = whole(codes), mask = _mm256_set1_epi8(15);
-    return sums(_mm256_and_si256(both, mask),
-                _mm256_and_si256(_mm256_srli_epi16(both, 4), mask));
+    const __m256i both = whole(codes);
+    return sums(low(both), high(both));
   }
 };
 
