@@ -19,7 +19,7 @@ _AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def decoded_alike(packed: Path, folder: Path, form: str) -> tuple[int, int]:
-    """How many matrices of an exported folder are equal to ours, bit for bit, and of how many."""
+    """How many matrices of an exported folder are ours in float16, bit for bit, and of how many."""
     skeleton = Skeleton(Checkpoint(packed), torch.device("cpu"), factored=False)
     tensors: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
@@ -32,19 +32,19 @@ def decoded_alike(packed: Path, folder: Path, form: str) -> tuple[int, int]:
         parts = {key: tensors[f"{stored}.{key}"].numpy() for key in ("qweight", "qzeros", "scales")}
         read = gptq if form == "gptq" else awq
         theirs = read(parts, config["bits"], config["group_size"])
-        equal += bool(np.array_equal(theirs, mine.numpy()))
+        equal += bool(np.array_equal(theirs, mine.half().numpy()))
     return equal, len(skeleton.earlier)
 
 
 def gptq(parts: dict[str, np.ndarray], bits: int, group: int) -> np.ndarray:
-    """W [out, in], float32, of the first layout, which stores every zero point less one."""
+    """W [out, in], float16, of the first layout, which stores every zero point less one."""
     codes = _stream(parts["qweight"].T, bits).T
     zeros = _stream(parts["qzeros"], bits) + 1
     return _product(codes, zeros, parts["scales"], group)
 
 
 def awq(parts: dict[str, np.ndarray], bits: int, group: int) -> np.ndarray:
-    """W [out, in], float32, of the "gemm" layout."""
+    """W [out, in], float16, of the "gemm" layout."""
     codes, zeros = (_interleaved(parts[key], bits) for key in ("qweight", "qzeros"))
     return _product(codes, zeros, parts["scales"], group)
 
@@ -65,4 +65,4 @@ def _interleaved(words: np.ndarray, bits: int) -> np.ndarray:
 def _product(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, group: int) -> np.ndarray:
     index = np.arange(len(codes)) // (len(codes) if group < 0 else group)
     weight = scales[index] * (codes - zeros[index]).astype(np.float16)
-    return np.ascontiguousarray(weight.T).astype(np.float32)
+    return np.ascontiguousarray(weight.T)

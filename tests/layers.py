@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from rarefy.statistics import MomentSums
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rarefy.formats.base import Packed
     from rarefy.statistics import Moments
 
 CPU = torch.device("cpu")
@@ -84,6 +86,14 @@ def reloaded_logits(folder: Path) -> torch.Tensor:
     return model(input_ids=IDS, use_cache=False).logits
 
 
+def as_opened(folder: Path, packed: Packed, matrix: torch.Tensor) -> torch.Tensor:
+    """A decoded matrix as transformers opens it: compressed-tensors multiplies in 16 bits."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    if config["quant_method"] != "compressed-tensors":
+        return matrix
+    return matrix.to(packed["weight_scale"].dtype).float()
+
+
 @torch.no_grad()
 def decoded_logits(family: str, folder: Path, **overrides: Any) -> torch.Tensor:
     """What the dense architecture computes with each compressed matrix decoded."""
@@ -94,8 +104,9 @@ def decoded_logits(family: str, folder: Path, **overrides: Any) -> torch.Tensor:
     for name, parameter in model.named_parameters():
         module = name.removesuffix(".weight")
         if module in skeleton.earlier:
-            matrix = skeleton.earlier[module].decode(skeleton.packed(module))
-            set_matrix(model.get_submodule(module), matrix)
+            packed = skeleton.packed(module)
+            matrix = skeleton.earlier[module].decode(packed)
+            set_matrix(model.get_submodule(module), as_opened(folder, packed, matrix))
         else:
             parameter.copy_(skeleton.read(name).float())
     return model(input_ids=IDS, use_cache=False).logits

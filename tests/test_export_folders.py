@@ -49,10 +49,10 @@ def compressed(
 
 
 def ours(folder: Path) -> dict[str, torch.Tensor]:
-    """Every compressed matrix as rarefy decodes it, by stored name."""
+    """Every compressed matrix as rarefy decodes it, by stored name, in the readers' float16."""
     skeleton = Skeleton(Checkpoint(folder), torch.device("cpu"), factored=False)
     return {
-        skeleton.stored_name(name): fmt.decode(skeleton.packed(name))
+        skeleton.stored_name(name): fmt.decode(skeleton.packed(name)).half()
         for name, fmt in skeleton.earlier.items()
     }
 
@@ -71,7 +71,7 @@ def read_gptq(tensors: dict[str, torch.Tensor], name: str, bits: int) -> torch.T
     index = tensors[f"{name}.g_idx"].numpy()
     scales = tensors[f"{name}.scales"].numpy()
     W = scales[index] * (codes - zeros[index]).astype(np.float16)
-    return torch.from_numpy(np.ascontiguousarray(W.T)).float()
+    return torch.from_numpy(np.ascontiguousarray(W.T))
 
 
 def read_awq(tensors: dict[str, torch.Tensor], name: str, group: int) -> torch.Tensor:
@@ -87,7 +87,7 @@ def read_awq(tensors: dict[str, torch.Tensor], name: str, group: int) -> torch.T
     scales = tensors[f"{name}.scales"].numpy()
     index = np.arange(len(codes)) // group
     W = scales[index] * (codes - zeros[index]).astype(np.float16)
-    return torch.from_numpy(np.ascontiguousarray(W.T)).float()
+    return torch.from_numpy(np.ascontiguousarray(W.T))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_w8a8_opens_in_stock_transformers(static: bool, tmp_path: Path) -> None:
     for name, W in ours(packed).items():
         weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
         assert weight.dtype == torch.int8
-        assert torch.equal((weight.half() * scale).float(), W)
+        assert torch.equal(weight.half() * scale, W)
         assert (f"{name}.input_scale" in tensors) is static
     scales = {name: tensors.get(f"{name}.input_scale") for name in ours(packed)}
     put_in(tmp_path / "dense", tensors, list(scales))

@@ -67,8 +67,7 @@ def test_min_max_rounds_to_the_nearest_code(bits: int, symmetric: bool) -> None:
     levels = torch.arange(1 << bits) - grid.zero.repeat_interleave(16, 1)[..., None]
     nearest = (levels * scale[..., None] - W[..., None]).abs().amin(-1)
     error = (grid.round(W) - W).abs()
-    # The reader's 16-bit product moves a value by half a unit in the last place.
-    assert (error <= nearest + W.abs().amax() * 2**-10).all()
+    assert (error <= nearest + W.abs().amax() * 2**-22).all()
 
 
 def test_groups_are_columns_in_order_and_the_last_may_be_short() -> None:
@@ -82,12 +81,13 @@ def test_groups_are_columns_in_order_and_the_last_may_be_short() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_scales_and_values_are_exact_in_the_stored_type(dtype: str) -> None:
+def test_scales_are_exact_in_the_stored_type_and_values_in_float32(dtype: str) -> None:
     stored = getattr(torch, dtype)
     W = weights().double()
     grid = Int(5, 16, scale_dtype=dtype).fit(W)
     assert torch.equal(grid.scale.to(stored).double(), grid.scale)
-    assert torch.equal(grid.round(W).to(stored).double(), grid.round(W))
+    assert torch.equal(grid.round(W).float().double(), grid.round(W))
+    assert not torch.equal(grid.round(W).to(stored).double(), grid.round(W))
     # The two types differ, so a format dressed for the wrong checkpoint would show.
     other = "bfloat16" if dtype == "float16" else "float16"
     assert not torch.equal(Int(5, 16, scale_dtype=other).fit(W).scale, grid.scale)

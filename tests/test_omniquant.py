@@ -349,7 +349,7 @@ def naive(
         z = ste(-beta * lo / s)
     s, z = s[..., None], z[..., None]
     codes = (ste(groups / s) + z).clamp(0, form.levels)
-    return ste(s * (codes - z), torch.float16).reshape(W.shape)
+    return (s * (codes - z)).reshape(W.shape)
 
 
 @pytest.mark.parametrize("form", [Int(4, group=6, symmetric=True), Int(8, group=6), Int(6)])

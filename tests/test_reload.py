@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from layers import as_opened
 from safetensors.torch import load_file
 from tiny import FAMILIES, save_tiny
 from transformers import AutoModelForCausalLM
@@ -214,10 +215,14 @@ def open_all(
 
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
-    """Module-side name -> [out, in] matrix, of every compressed matrix of a folder."""
+    """Module-side name -> [out, in] matrix, of every compressed matrix of a folder, as opened."""
     skeleton = Skeleton(Checkpoint(folder), torch.device("cpu"), factored=False)
     names = [n for n in read_state(folder).formats if n.rpartition(".")[2] not in FACTORS]
-    return {name: read_state(folder).formats[name].decode(skeleton.packed(name)) for name in names}
+    found = {}
+    for name in names:
+        packed = skeleton.packed(name)
+        found[name] = as_opened(folder, packed, read_state(folder).formats[name].decode(packed))
+    return found
 
 
 def rounded_inputs(model: Any, folder: Path) -> None:

@@ -7,8 +7,7 @@
     int, zero points, b = 4, 5  q, with a minimum    q4_1, q5_1: -scale * zero has to fit float16
     int, zero points, b = 6, 7  q - zero             q8_0
 
-The products ``scale * code`` are then rounded to 16 bits by our reader and not by ggml's. Groups
-must be whole blocks of 32.
+Groups must be whole blocks of 32.
 """
 
 from __future__ import annotations

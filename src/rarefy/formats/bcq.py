@@ -349,9 +349,9 @@ def _planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def from_int(fmt: Int, packed: Mapping[str, torch.Tensor]) -> tuple[BCQ, Packed]:
     """The same matrix in binary coding, whatever solver chose its codes.
 
-    The result decodes to ``scale (code - zero)`` exactly; the integer format decodes to the same
-    number rounded to the scales' type. Scales are 16-bit as they were, unless half a scale does
-    not fit, which happens below 1e-4 in float16; then all of the matrix' scales become float32.
+    The result decodes to ``scale (code - zero)``, too. Scales are 16-bit as they were, unless half
+    a scale does not fit, which happens below 1e-4 in float16; then all of the matrix' scales become
+    float32.
 
     Args:
         fmt: the integer format. packed: its stored tensors.

@@ -5,9 +5,9 @@ Asymmetric: ``scale = (hi - lo) / (2**b - 1)``, ``zero = round(-lo / scale)``, b
 that a rule chose. Symmetric: ``scale = 2 max|w| / (2**b - 1)``, ``zero = 2**(b - 1)``.
 This is the grid family of GPTQ (Frantar et al., ICLR 2023) and of compressed-tensors.
 
-Scales are rounded to their stored 16-bit type *before* any code is chosen, and so is every product
-``scale * (code - zero)``: readers multiply in that type. What a solver sees is, bit for bit, what
-a reader decodes.
+Scales are rounded to their stored 16-bit type *before* any code is chosen, and float32 holds every
+product ``scale * (code - zero)`` exactly: what a solver sees is, bit for bit, what is decoded. A
+reader that multiplies in 16 bits rounds once more, to its own type.
 """
 
 from __future__ import annotations
@@ -74,8 +74,7 @@ class IntGrid(ElementGrid):
             pieces = strips(*columns.shape)
             return torch.cat([self.rows(p.start, p.stop).round(columns[p], at) for p in pieces])
         scale, zero = self._spread(columns.shape[1], at)
-        values = self._codes(columns, at).sub_(zero).mul_(scale)
-        return values.to(_TORCH[self.form.scale_dtype]).to(columns.dtype)
+        return self._codes(columns, at).sub_(zero).mul_(scale).to(columns.dtype)
 
     def encode(self, weight: torch.Tensor) -> Packed:
         """Codes [m, words] along columns, scales [m, G], zeros packed along rows [words, G]."""
@@ -166,7 +165,6 @@ class IntGrid(ElementGrid):
             levels=form.levels,
             group=form.group,
             symmetric=form.symmetric,
-            stored=_TORCH[form.scale_dtype],
         )
         return soft_round(weight, low, high, offset, reach)
 
@@ -307,7 +305,7 @@ class Int(ElementFormat):
         parameters: Mapping[str, torch.Tensor],
         rows: slice | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``scale (code - zero)`` in the stored type; see :meth:`ElementFormat.values`."""
+        """``scale (code - zero)``; see :meth:`ElementFormat.values`."""
         columns = int(parameters["weight_shape"][1])
         wanted = slice(None) if rows is None else rows
         grid = self.stored_grid(parameters)
@@ -318,8 +316,7 @@ class Int(ElementFormat):
             groups = torch.nn.functional.pad(groups, (0, pad))
         groups = groups.reshape(*scale.shape, -1)
         groups.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
-        values = groups.reshape(scale.shape[0], -1)[:, :columns]
-        return values.to(_TORCH[self.scale_dtype]).float()
+        return groups.reshape(scale.shape[0], -1)[:, :columns]
 
     def stored_grid(self, packed: Mapping[str, torch.Tensor]) -> IntGrid:
         """Scales and zero points as they are stored."""

@@ -33,7 +33,6 @@ class Ranges:
         levels: the largest code L.
         group: columns a group; None for one group a row.
         symmetric: the scale follows the upper factor alone, and the zero point stays.
-        stored: the type that products ``s (c - z)`` are rounded to, as readers do.
     """
 
     lo: torch.Tensor
@@ -43,7 +42,6 @@ class Ranges:
     levels: int
     group: int | None
     symmetric: bool
-    stored: torch.dtype
 
 
 def soft_round(
@@ -97,7 +95,7 @@ class _SoftRound(torch.autograd.Function):
         inside = codes == units
         units.sub_(zero)
         ctx.save_for_backward(w, units, inside, low)
-        values = (units * scale).to(ranges.stored).to(weight.dtype)
+        values = (units * scale).to(weight.dtype)
         return values.flatten(1)[:, : weight.shape[1]]
 
     @staticmethod

@@ -19,7 +19,7 @@ from rarefy.errors import RarefyError
 FILE = Path(__file__).with_name("librarefy_kernels.so")
 
 F32, F16, BF16, INT, BCQ, BITMASK, TWO_FOUR = range(7)
-SCALE_F32, SCALE_F16, SCALE_BF16 = range(3)
+SCALE_F32, SCALE_F16, SCALE_BF16, SCALE_U8 = range(4)
 
 _CHOICES = ("off", "portable", "avx2", "avx512")
 
@@ -40,6 +40,8 @@ class Matrix(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
         ("extra", ctypes.c_void_p),
+        ("units", ctypes.c_void_p),
+        ("zero_bits", ctypes.c_int32),
     )
 
 

@@ -87,8 +87,7 @@ def decode_columns(fmt: Int, packed: Mapping[str, Tensor], columns: Tensor) -> T
     octets = packed["weight_packed"].view(torch.uint8)
     grid = fmt.stored_grid(packed)
     group = columns // fmt.group if fmt.group else torch.zeros_like(columns)
-    values = (octets[:, columns].float() - grid.zero[:, group]) * grid.scale[:, group]
-    return values.to(packed["weight_scale"].dtype).float()
+    return (octets[:, columns].float() - grid.zero[:, group]) * grid.scale[:, group]
 
 
 class MixedKernel:

@@ -21,7 +21,12 @@ FEW = 24
 # Channels of a token that share a scale where the library rounds them and they do not all.
 INPUT_GROUP = 64
 
-_TYPES = {torch.float16: library.SCALE_F16, torch.bfloat16: library.SCALE_BF16}
+_TYPES = {
+    torch.float32: library.SCALE_F32,
+    torch.float16: library.SCALE_F16,
+    torch.bfloat16: library.SCALE_BF16,
+    torch.uint8: library.SCALE_U8,
+}
 
 
 @torch.library.custom_op("rarefy::int_linear", mutates_args=())
@@ -179,22 +184,31 @@ def describe(
     bits: int,
     group: int,
     columns: int,
+    zero_bits: int = 0,
+    units: torch.Tensor | None = None,
 ) -> library.Matrix:
-    """The C descriptor of stored tensors, which must stay alive while it is used."""
+    """The C descriptor of stored tensors, which must stay alive while it is used.
+
+    Args:
+        codes, scales, zeros, bits, group: see :func:`int_linear`. columns: n.
+        zero_bits: of a zero point, 0 for ``bits``. units: float32 [m], which multiply the rows'
+            scales, uint8 then; see :func:`reference.int_rows`.
+    """
     return _describe(
-        *codes.shape, columns, bits, group, _TYPES[scales.dtype],
+        *codes.shape, columns, bits, group, _TYPES[scales.dtype], zero_bits,
         codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(),
+        0 if units is None else units.data_ptr(),
     )  # fmt: skip
 
 
 # Nothing but its arguments goes into a descriptor, so one that is kept cannot be out of date.
 @lru_cache(maxsize=4096)
 def _describe(
-    rows: int, words: int, columns: int, bits: int, group: int, scale_type: int, *at: int
+    rows: int, words: int, columns: int, bits: int, group: int, *more: int
 ) -> library.Matrix:
-    codes, scales, zeros = at
+    scale_type, zero_bits, codes, scales, zeros, units = more
     return library.Matrix(
         kind=library.INT, bits=bits, scale_type=scale_type, symmetric=not zeros, rows=rows,
         columns=columns, group=group, words_per_row=words, codes=codes, scales=scales,
-        zeros=zeros or None,
+        zeros=zeros or None, units=units or None, zero_bits=zero_bits,
     )  # fmt: skip

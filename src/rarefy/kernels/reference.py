@@ -6,18 +6,10 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from rarefy.formats.activation import IntActivation
-from rarefy.formats.integer import Int
 from rarefy.formats.packing import unpack
 
 # Rows are decoded in strips of about this many weights, so a vocabulary-sized head stays cheap.
 _STRIP = 1 << 22
-
-_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-def int_format(scales: torch.Tensor, zeros: torch.Tensor | None, bits: int, group: int) -> Int:
-    """The format of stored tensors; group 0 is one group a row."""
-    return Int(bits, group or None, zeros is None, scale_dtype=_NAMES[scales.dtype])
 
 
 def int_rows(
@@ -28,13 +20,42 @@ def int_rows(
     group: int,
     columns: int,
     rows: slice | torch.Tensor | None = None,
+    zero_bits: int = 0,
+    units: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rows of a matrix of grouped integers as float32; see :class:`rarefy.formats.integer.Int`."""
-    packed = {"weight_packed": codes, "weight_scale": scales}
-    packed["weight_shape"] = torch.tensor([codes.shape[0], columns])
-    if zeros is not None:
-        packed["weight_zero_point"] = zeros
-    return int_format(scales, zeros, bits, group).decode(packed, rows)
+    """Rows of a matrix of grouped integers as float32, ``scale (code - zero)``.
+
+    Args:
+        codes: int32 [m, words], :mod:`rarefy.formats.packing`'s streams.
+        scales: [m, G]. zeros: packed along rows, or None for the middle code.
+        bits: of a code. group: columns a group; 0 is one group a row. columns: n.
+        rows: which, or None for all.
+        zero_bits: of a zero point, 0 for ``bits``; with more it is the packed number over
+            ``2**(zero_bits - bits)``.
+        units: [m] that multiply the rows' scales, or None.
+    """
+    wanted = slice(None) if rows is None else rows
+    scale, zero = grid(scales, zeros, bits, codes.shape[0], zero_bits, units)
+    width = group or columns
+    scale, zero = (part[wanted].repeat_interleave(width, 1)[:, :columns] for part in (scale, zero))
+    return unpack(codes[wanted], bits, columns).float().sub_(zero).mul_(scale)
+
+
+def grid(
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    rows: int,
+    zero_bits: int = 0,
+    units: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points of every group, float32 [m, G]; see :func:`int_rows`."""
+    scale = scales.float() if units is None else units.unsqueeze(1) * scales.float()
+    if zeros is None:
+        return scale, torch.full_like(scale, 1 << (bits - 1))
+    wide = zero_bits or bits
+    zero = unpack(zeros.T.contiguous(), wide, rows).T.float()
+    return scale, zero / (1 << (wide - bits))
 
 
 def int_linear(
@@ -44,6 +65,8 @@ def int_linear(
     zeros: torch.Tensor | None,
     bits: int,
     group: int,
+    zero_bits: int = 0,
+    units: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x W^T`` for x [..., n], giving [..., m]; weights are decoded in strips."""
     rows, columns = codes.shape[0], x.shape[-1]
@@ -51,7 +74,8 @@ def int_linear(
     parts = []
     for start in range(0, rows, strip):
         piece = slice(start, min(rows, start + strip))
-        weight = int_rows(codes, scales, zeros, bits, group, columns, piece)
+        more = (piece, zero_bits, units)
+        weight = int_rows(codes, scales, zeros, bits, group, columns, *more)
         parts.append(F.linear(x, weight.to(x.dtype)))
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
@@ -65,21 +89,16 @@ def int8_linear(
     bits: int,
     group: int,
     input_group: int = 0,
+    zero_bits: int = 0,
+    units: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``s_x sum_g s_g sum_j (q - z) round(x / s_x)``: integer products, as int8 kernels form them.
 
     Activations are rounded as :class:`rarefy.formats.activation.IntActivation` of 8 bits does, for
-    each token, for each ``input_group`` channels of one, or by the given scale. Weights are not
-    rounded to the scales' 16-bit type, as decoding does, because the integers are multiplied first.
+    each token, for each ``input_group`` channels of one, or by the given scale.
     """
     columns = x.shape[-1]
     per = "group" if input_group else "token"
     rounded, scale = IntActivation(8, per, group=input_group or 1).codes(x, input_scale)
-    fmt = int_format(scales, zeros, bits, group)
-    packed = {"weight_scale": scales, "weight_shape": torch.tensor([codes.shape[0], columns])}
-    if zeros is not None:
-        packed["weight_zero_point"] = zeros
-    grid = fmt.stored_grid(packed)
-    units = unpack(codes, bits, columns) - grid.spread(grid.zero, columns)
-    weight = units * grid.spread(grid.scale, columns)
+    weight = int_rows(codes, scales, zeros, bits, group, columns, None, zero_bits, units)
     return F.linear(rounded * scale, weight) if input_group else F.linear(rounded, weight) * scale

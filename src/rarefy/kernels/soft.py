@@ -15,12 +15,6 @@ from rarefy.kernels import library
 if TYPE_CHECKING:
     from rarefy.formats.soft import Ranges
 
-_TYPES = {
-    torch.float32: library.SCALE_F32,
-    torch.float16: library.SCALE_F16,
-    torch.bfloat16: library.SCALE_BF16,
-}
-
 
 class _Ranges(ctypes.Structure):
     """Mirror of ``rarefy_ranges`` in ``csrc/soft.h``."""
@@ -29,7 +23,6 @@ class _Ranges(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("group", ctypes.c_int64),
-        ("scale_type", ctypes.c_int32),
         ("scale", ctypes.c_void_p),
         ("low", ctypes.c_void_p),
         ("high", ctypes.c_void_p),
@@ -52,7 +45,6 @@ class SoftRounding:
             ranges.scale.shape[0],
             columns,
             ranges.group or columns,
-            _TYPES[ranges.stored],
             *(t.data_ptr() for t in self.kept),
         )
 
@@ -84,6 +76,6 @@ def soft_rounding(
     tensors = [weight, ranges.scale, ranges.zero, *([] if offset is None else [offset])]
     fits = all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
     whole = weight.is_contiguous() and (offset is None or offset.is_contiguous())
-    if not (fits and whole and ranges.stored in _TYPES and library.available()):
+    if not (fits and whole and library.available()):
         return None
     return SoftRounding(ranges, weight.shape[1])

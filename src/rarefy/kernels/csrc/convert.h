@@ -10,6 +10,10 @@
 
 #include "matrix.h"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #if defined(__clang__)
 #define RAREFY_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -64,52 +68,54 @@ inline const uint8_t* row_codes(const rarefy_matrix& m, int64_t row) {
   return static_cast<const uint8_t*>(m.codes) + row * m.words_per_row * 4;
 }
 
-// What rounds a float to the type of the scales; see round_to.
-inline float rounder_of(const rarefy_matrix& m) {
-  return m.scale_type == RAREFY_SCALE_F16 ? 8192.0f : m.scale_type == RAREFY_SCALE_BF16 ? 65536.0f : 0.0f;
-}
+inline int zero_bits_of(const rarefy_matrix& m) { return m.zero_bits > 0 ? m.zero_bits : m.bits; }
 
-// Round to 11 or 8 significant bits, ties to even: in value + 2^(e + 13) the last bit kept of a
-// value in [2^e, 2^(e+1)) is the last of a float. What float16 cannot express below its smallest
-// normal number never occurs: multiples of a scale are multiples of 2^-24.
-inline float round_to(float value, float rounder) {
-  const float power = bits_as<float>(bits_as<uint32_t>(value) & 0xFF800000u) * rounder;
-  const float raised = value + power;
-  return raised - power;
+// Zero points are whole numbers over this.
+inline int zero_steps(const rarefy_matrix& m) {
+  return m.symmetric || m.zeros == nullptr ? 1 : 1 << (zero_bits_of(m) - m.bits);
 }
 
 inline void row_scales(const rarefy_matrix& m, int64_t row, float* scale) {
   const int64_t groups = groups_of(m);
   if (m.scale_type == RAREFY_SCALE_F16) {
     const uint16_t* from = static_cast<const uint16_t*>(m.scales) + row * groups;
-    for (int64_t g = 0; g < groups; ++g) scale[g] = from_f16(from[g]);
+    int64_t g = 0;
+#if defined(__F16C__)
+    for (; g + 8 <= groups; g += 8) {
+      const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + g));
+      _mm256_storeu_ps(scale + g, _mm256_cvtph_ps(eight));
+    }
+#endif
+    for (; g < groups; ++g) scale[g] = from_f16(from[g]);
   } else if (m.scale_type == RAREFY_SCALE_BF16) {
     const uint16_t* from = static_cast<const uint16_t*>(m.scales) + row * groups;
     for (int64_t g = 0; g < groups; ++g) scale[g] = from_bf16(from[g]);
+  } else if (m.scale_type == RAREFY_SCALE_U8) {
+    const uint8_t* from = static_cast<const uint8_t*>(m.scales) + row * groups;
+    for (int64_t g = 0; g < groups; ++g) scale[g] = m.units[row] * static_cast<float>(from[g]);
   } else {
     std::memcpy(scale, static_cast<const float*>(m.scales) + row * groups, groups * sizeof(float));
   }
 }
 
-inline void row_zeros(const rarefy_matrix& m, int64_t row, int32_t* zero) {
+inline void row_zeros(const rarefy_matrix& m, int64_t row, float* zero) {
   const int64_t groups = groups_of(m);
   if (m.symmetric || m.zeros == nullptr) {
-    for (int64_t g = 0; g < groups; ++g) zero[g] = 1 << (m.bits - 1);
+    for (int64_t g = 0; g < groups; ++g) zero[g] = static_cast<float>(1 << (m.bits - 1));
     return;
   }
   // Packed along rows: the words of one row lie side by side, and of 3, 5, 6 or 7 bits some come
   // from two words.
-  const int64_t at = row * m.bits;
+  const int bits = zero_bits_of(m);
+  const int64_t at = row * bits;
   const int shift = static_cast<int>(at % 32);
-  const uint32_t mask = (1u << m.bits) - 1;
+  const uint32_t mask = (1u << bits) - 1;
   const uint32_t* word = static_cast<const uint32_t*>(m.zeros) + at / 32 * groups;
-  if (shift + m.bits <= 32) {
-    for (int64_t g = 0; g < groups; ++g) zero[g] = static_cast<int32_t>(word[g] >> shift & mask);
-    return;
-  }
+  const uint32_t* next = shift + bits <= 32 ? word : word + groups;
+  const float step = 1.0f / static_cast<float>(zero_steps(m));
   for (int64_t g = 0; g < groups; ++g) {
-    const uint32_t joined = word[g] >> shift | word[groups + g] << (32 - shift);
-    zero[g] = static_cast<int32_t>(joined & mask);
+    const uint64_t joined = static_cast<uint64_t>(next[g]) << 32 | word[g];
+    zero[g] = static_cast<float>(static_cast<int32_t>(joined >> shift & mask)) * step;
   }
 }
 

@@ -6,9 +6,9 @@
 
 #include "convert.h"
 #include "dispatch.h"
-#include "fixed.h"
 #include "pool.h"
 #include "scratch.h"
+#include "single.h"
 
 namespace rarefy {
 namespace {
@@ -23,38 +23,33 @@ const IntKernels& kernels() {
 #endif
 }
 
-// 8 significant bits are kept of (128 + mantissa) * (-15 .. 15).
-struct Products {
-  uint8_t bytes[128 * 64] = {};
-
-  Products() {
-    for (int mantissa = 0; mantissa < 128; ++mantissa) {
-      for (int k = -15; k <= 15; ++k) {
-        const float rounded = round_to(static_cast<float>((128 + mantissa) * k), 65536.0f);
-        const uint32_t bits = bits_as<uint32_t>(rounded);
-        bytes[mantissa * 64 + 15 + k] = static_cast<uint8_t>(bits >> 16);
-        bytes[mantissa * 64 + 32 + 15 + k] = static_cast<uint8_t>(bits >> 24);
-      }
-    }
-  }
-};
+bool none(const rarefy_matrix&) { return false; }
 
 }  // namespace
 
-const uint8_t* products_of_mantissas(int scale_type) {
-  static const Products bfloat;
-  return scale_type == RAREFY_SCALE_F16 ? bytes_of_mantissas(scale_type) : bfloat.bytes;
+const SingleKernels& single_kernels() {
+  static const SingleKernels portable = {none, nullptr, nullptr};
+#if defined(RAREFY_X86)
+  return pick(&portable, &single_avx2, &single_avx512);
+#else
+  return portable;
+#endif
+}
+
+int64_t single_bytes(const rarefy_matrix& m) {
+  return 4 * (m.columns + round_up(groups_of(m), 16) + m.columns / kStep + 8);
 }
 
 int64_t int_scratch(const rarefy_matrix& m) {
-  // Scales and zero points of four rows, and one decoded row or those of their parts.
-  const int64_t row = round_up(m.columns, 64), parts = 8 * round_up(ceil_div(m.columns, 32), 16);
-  return 8 * round_up(groups_of(m), 16) + std::max(row, parts);
+  // Scales and zero points of four rows and one decoded row, or scales of the half steps of four rows.
+  const int64_t row = round_up(m.columns, 64), parts = ceil_div(m.columns, kStep / 2);
+  return std::max(8 * round_up(groups_of(m), 16) + row, 4 * (round_up(parts, 8) + 8));
 }
 
 bool sound(const rarefy_matrix& m) {
   return m.kind == RAREFY_INT && m.bits >= 1 && m.bits <= 8 && m.columns > 0 &&
-         m.words_per_row * 32 >= m.columns * m.bits;
+         m.words_per_row * 32 >= m.columns * m.bits && m.bits <= zero_bits_of(m) &&
+         zero_bits_of(m) <= 8 && (m.scale_type != RAREFY_SCALE_U8 || m.units != nullptr);
 }
 
 int together(int64_t vectors) {
@@ -70,15 +65,13 @@ int64_t rows_per_part(const rarefy_matrix& m, int threads) {
 
 namespace {
 
-// One vector, in fixed point.
-void matvec_fixed(const FixedKernels& k, const rarefy_matrix& m, const float* x, float* y, Pool& pool,
-                  int threads) {
+void matvec_single(const SingleKernels& k, const rarefy_matrix& m, const float* x, float* y,
+                   Pool& pool, int threads) {
   static thread_local Scratch memory;
   const int64_t own = round_up(int_scratch(m), 16);
-  const int64_t columns = round_up(m.columns, kWidest);
-  float* scratch = static_cast<float*>(memory.take((columns + threads * own) * 4));
-  int16_t* limbs = reinterpret_cast<int16_t*>(scratch + threads * own);
-  const FixedProduct p{&m, limbs, k.arrange(m, x, limbs), y};
+  float* scratch = static_cast<float*>(memory.take(threads * own * 4 + single_bytes(m)));
+  SingleProduct p = k.arrange(m, x, scratch + threads * own);
+  p.y = y;
   const int64_t size = rows_per_part(m, threads);
   pool.each(threads, ceil_div(m.rows, size), [&](int64_t part, int thread) {
     const int64_t row0 = part * size, row1 = std::min(m.rows, row0 + size);
@@ -91,8 +84,8 @@ void matvec_fixed(const FixedKernels& k, const rarefy_matrix& m, const float* x,
 int matvec_int(const rarefy_matrix& m, const float* x, float* y, int64_t vectors, Pool& pool,
                int threads) {
   if (!sound(m)) return RAREFY_UNSUPPORTED;
-  if (vectors == 1 && fixed_kernels().suits(m)) {
-    matvec_fixed(fixed_kernels(), m, x, y, pool, std::max(1, threads));
+  if (vectors == 1 && single_kernels().suits(m)) {
+    matvec_single(single_kernels(), m, x, y, pool, std::max(1, threads));
     return RAREFY_DONE;
   }
   static thread_local Scratch memory;

@@ -40,9 +40,6 @@ int together(int64_t vectors);
 // Rows that a thread takes at a time: enough for the processor to read ahead.
 int64_t rows_per_part(const rarefy_matrix& m, int threads);
 
-// As bytes_of_mantissas in fixed.h, but for bfloat16 the bytes of bfloat16 numbers.
-const uint8_t* products_of_mantissas(int scale_type);
-
 extern const IntKernels int_portable;
 #if defined(RAREFY_X86)
 extern const IntKernels int_avx2;

@@ -18,11 +18,11 @@ namespace {
 constexpr int64_t kAtOnce = 256;       // vectors that are arranged together
 constexpr int64_t kColumns = 1 << 16;  // 255 * 128 * this still fits 32 bits
 
-// AVX-512 has loops of its own for 4 and 8 bits, and none where columns of a vector have scales of
-// their own: there 64 of them are one step of AVX2, and half a step of AVX-512.
+// AVX-512 has loops of its own for 4 and 8 bits and zero points among the codes, and none where columns of
+// a vector have scales of their own: there 64 of them are one step of AVX2, and half a step of AVX-512.
 const Int8Kernels& kernels(const rarefy_matrix& m, int64_t input_group) {
 #if defined(RAREFY_X86)
-  const bool wide = (m.bits == 4 || m.bits == 8) && input_group == 0;
+  const bool wide = (m.bits == 4 || m.bits == 8) && input_group == 0 && zero_steps(m) == 1;
   return pick(&int8_portable, &int8_avx2, wide ? &int8_avx512 : &int8_avx2);
 #else
   return pick<Int8Kernels>(&int8_portable, nullptr, nullptr);
@@ -196,7 +196,7 @@ int Rounded::product(const rarefy_matrix& m, const float* x, const float* input_
   const Layout at(m, kTogether, 1);
   const Prepared ready(at, memory_.take(at.end), input_group);
   if (from_ != x || given_ != input_scale || bits_ != m.bits || columns_ != m.columns ||
-      group_ != m.group || input_group_ != input_group) {
+      group_ != m.group || input_group_ != input_group || zero_steps_ != zero_steps(m)) {
     ready.take(m, k, x, input_scale, 0, 0);
     from_ = x;
     given_ = input_scale;
@@ -204,6 +204,7 @@ int Rounded::product(const rarefy_matrix& m, const float* x, const float* input_
     columns_ = m.columns;
     group_ = m.group;
     input_group_ = input_group;
+    zero_steps_ = zero_steps(m);
   }
   k.product(ready.product(m, 0, 1, y - row0), row0, row1, ready.scratch);
   return RAREFY_DONE;

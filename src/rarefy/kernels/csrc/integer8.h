@@ -72,7 +72,7 @@ class Rounded {
   Scratch memory_;
   const float *from_ = nullptr, *given_ = nullptr;  // vector and scale, and the codes it is for
   int64_t columns_ = 0, group_ = 0, input_group_ = 0;
-  int32_t bits_ = 0;
+  int32_t bits_ = 0, zero_steps_ = 0;
 };
 
 }  // namespace rarefy

@@ -3,8 +3,9 @@
 
 #include <immintrin.h>
 
+#include "codes_avx2.h"
 #include "rows8.h"
-#include "single8_avx2.h"
+#include "single_rows.h"
 
 namespace rarefy {
 namespace {
@@ -30,7 +31,58 @@ struct Narrow {
   static float total(F v) { return horizontal(v); }
 };
 
-struct Bytes : Narrow {
+// One vector's steps: eleven instructions a row where codes have 4 bits.
+struct Eight {
+  using V = __m256;
+  static V begin(__m256 v) { return v; }
+  static float total(V v) { return horizontal(v); }
+};
+
+template <class Codes>
+struct Rounded : Codes, Eight {
+  static constexpr int octets = 64;
+  __m256i first, second;
+
+  explicit Rounded(const void* x)
+      : first(whole(x)), second(whole(static_cast<const uint8_t*>(x) + 32)) {}
+
+  // Sums of 64 products in eight lanes.
+  __m256i sums(__m256i a, __m256i b) const {
+    const __m256i four = _mm256_add_epi16(_mm256_maddubs_epi16(a, first),
+                                          _mm256_maddubs_epi16(b, second));
+    return _mm256_madd_epi16(four, _mm256_set1_epi16(1));
+  }
+  template <int P>
+  V add(const uint8_t* codes, const float* scale, V sum) const {
+    __m256i a, b;
+    Codes::split(codes, a, b);
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums(a, b)), Codes::template scales<P>(scale), sum);
+  }
+};
+
+struct RoundedBytes : Eight {
+  static constexpr int bits = 8, bytes = 64, octets = 128;
+  __m256i x[4];
+
+  explicit RoundedBytes(const uint8_t* at)
+      : x{whole(at), whole(at + 32), whole(at + 64), whole(at + 96)} {}
+
+  __m256i pairs(const uint8_t* codes, int k) const {
+    const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * k));
+    return _mm256_madd_epi16(_mm256_cvtepu8_epi16(some), x[k]);
+  }
+  template <int P>
+  V add(const uint8_t* codes, const float* scale, V sum) const {
+    const __m256i a = _mm256_add_epi32(pairs(codes, 0), pairs(codes, 1));
+    const __m256i b = _mm256_add_epi32(pairs(codes, 2), pairs(codes, 3));
+    const __m256 by = _mm256_broadcast_ss(scale);
+    if (P == 1) return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)), by, sum);
+    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), by, sum);
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(b), _mm256_broadcast_ss(scale + 1), sum);
+  }
+};
+
+struct ByBytes : Narrow {
   static constexpr bool late = false;
   struct Q {
     __m256i first, second;
@@ -49,7 +101,7 @@ struct Bytes : Narrow {
   }
 };
 
-struct Nibbles : Narrow {
+struct ByNibbles : Narrow {
   static constexpr bool late = true;
   struct Q {
     __m256i low, high;
@@ -64,11 +116,12 @@ struct Nibbles : Narrow {
     return _mm256_inserti128_si256(_mm256_set1_epi32(at[0]), _mm_set1_epi32(at[next]), 1);
   }
   static Q codes(const uint8_t* at) {
-    const __m256i both = whole(at);
-    return {StepOfNibbles::low(both), StepOfNibbles::high(both)};
+    Q found;
+    Nibbles::split(at, found.low, found.high);
+    return found;
   }
   static I dot(const Q& q, const int8_t* c, I sum) {
-    return _mm256_add_epi32(sum, StepOfNibbles(c).sums(q.low, q.high));
+    return _mm256_add_epi32(sum, Rounded<Nibbles>(c).sums(q.low, q.high));
   }
 };
 
@@ -83,44 +136,48 @@ void arrange_wide(const int8_t* c, int64_t columns, int16_t* out, int32_t* sums)
   }
 }
 
-template <class Step>
+template <class Codes>
 void arrange_steps(const int8_t* c, int64_t columns, int8_t* out) {
-  for (int64_t j = 0; j < columns; j += 64) {
-    for (int place = 0; place < 64; ++place) out[j + place] = c[j + Step::column(place)];
+  for (int64_t j = 0; j < columns; j += kStep) {
+    for (int place = 0; place < kStep; ++place) out[j + place] = c[j + Codes::column(place)];
   }
 }
 
-bool nibbles(const rarefy_matrix& m) { return m.bits == 4 && fits8<Nibbles>(m); }
-bool bytes(const rarefy_matrix& m) { return m.bits == 8 && fits8<Bytes>(m); }
+bool nibbles(const rarefy_matrix& m) { return m.bits == 4 && fits8<ByNibbles>(m); }
+bool bytes(const rarefy_matrix& m) { return m.bits == 8 && fits8<ByBytes>(m); }
 
 void arrange(const rarefy_matrix& m, const int8_t* c, int8_t* out, int32_t* sums, int64_t stride) {
-  if (Single8<StepOfCrumbs>::fits(m)) return arrange_steps<StepOfCrumbs>(c, m.columns, out);
-  if (Single8<StepOfThrees>::fits(m)) return arrange_steps<StepOfThrees>(c, m.columns, out);
   if (nibbles(m)) return arrange_nibbles(c, m.columns, 32, out, sums);
   if (bytes(m)) return arrange_wide(c, m.columns, reinterpret_cast<int16_t*>(out), sums);
+  if (suits<Rounded<Crumbs>>(m)) return arrange_steps<Crumbs>(c, m.columns, out);
+  if (suits<Rounded<Threes>>(m)) return arrange_steps<Threes>(c, m.columns, out);
+  if (suits<Rounded<Nibbles>>(m)) return arrange_steps<Nibbles>(c, m.columns, out);
   int8_portable.arrange(m, c, out, sums, stride);
 }
 
 // The loop for one vector, if it is better than the one for several.
 template <class Step>
 bool singly(const Int8Product& p, int64_t row0, int64_t row1, float* scratch) {
-  if (!Single8<Step>::fits(*p.matrix)) return false;
-  const bool better = p.blocks != nullptr || (p.vectors == 1 && groups_of(*p.matrix) > 1);
-  if (!better && (Step::bits == 4 || Step::bits == 8)) return false;
+  const rarefy_matrix& m = *p.matrix;
+  if (!suits<Step>(m)) return false;
+  const bool better = p.blocks != nullptr || (p.vectors == 1 && groups_of(m) > 1);
+  if (!better && (nibbles(m) || bytes(m))) return false;
   for (int64_t t = 0; t < p.wanted; ++t) {
     const Int8Product one = one_of(p, t);
-    Single8<Step>(one).part(row0, row1, scratch);
+    const SingleProduct single{&m, reinterpret_cast<const uint8_t*>(one.x),
+                               sums_of_groups(one.sums, one.stride), one.blocks, one.scale[0], one.y};
+    product_of_single<Step>(single, row0, row1, scratch);
   }
   return true;
 }
 
 void product(const Int8Product& p, int64_t row0, int64_t row1, float* scratch) {
-  if (singly<StepOfCrumbs>(p, row0, row1, scratch)) return;
-  if (singly<StepOfThrees>(p, row0, row1, scratch)) return;
-  if (singly<StepOfNibbles>(p, row0, row1, scratch)) return;
-  if (singly<StepOfBytes>(p, row0, row1, scratch)) return;
-  if (nibbles(*p.matrix)) return product8_of<Nibbles>(p, row0, row1, scratch);
-  if (bytes(*p.matrix)) return product8_of<Bytes>(p, row0, row1, scratch);
+  if (singly<Rounded<Crumbs>>(p, row0, row1, scratch)) return;
+  if (singly<Rounded<Threes>>(p, row0, row1, scratch)) return;
+  if (singly<Rounded<Nibbles>>(p, row0, row1, scratch)) return;
+  if (singly<RoundedBytes>(p, row0, row1, scratch)) return;
+  if (nibbles(*p.matrix)) return product8_of<ByNibbles>(p, row0, row1, scratch);
+  if (bytes(*p.matrix)) return product8_of<ByBytes>(p, row0, row1, scratch);
   int8_portable.product(p, row0, row1, scratch);
 }
 

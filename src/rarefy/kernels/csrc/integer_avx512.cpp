@@ -8,43 +8,8 @@
 namespace rarefy {
 namespace {
 
-// Affine, sixteen groups at a time; reads past the last group go to what the mask leaves out.
-struct AffineWide : Affine {
-  void read(const rarefy_matrix& m, int64_t row, float* scratch) {
-    const int64_t groups = groups_of(m);
-    const bool packed = !m.symmetric && m.zeros != nullptr;
-    const bool crossing = packed && row * m.bits % 32 + m.bits > 32;
-    if (m.scale_type == RAREFY_SCALE_F32 || crossing) return Affine::read(m, row, scratch);
-    float* s = scratch;
-    float* b = scratch + round_up(groups, 16);
-    const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + row * groups;
-    const int64_t at = row * m.bits;
-    const uint32_t* words = static_cast<const uint32_t*>(m.zeros) + (packed ? at / 32 * groups : 0);
-    const __m128i down = _mm_cvtsi32_si128(static_cast<int>(at % 32));
-    const __m512i mask = _mm512_set1_epi32((1 << m.bits) - 1);
-    __m512 zero = _mm512_set1_ps(static_cast<float>(1 << (m.bits - 1)));
-    for (int64_t g = 0; g < groups; g += 16) {
-      const __mmask16 some = static_cast<__mmask16>((1u << at_most(16, groups - g)) - 1);
-      const __m256i half = _mm256_maskz_loadu_epi16(some, halves + g);
-      const __m512 value = m.scale_type == RAREFY_SCALE_F16
-                               ? _mm512_cvtph_ps(half)
-                               : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-      if (packed) {
-        const __m512i word = _mm512_maskz_loadu_epi32(some, words + g);
-        zero = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srl_epi32(word, down), mask));
-      }
-      _mm512_storeu_ps(s + g, value);
-      _mm512_storeu_ps(b + g, _mm512_fnmadd_ps(value, zero, _mm512_setzero_ps()));
-    }
-    scale = s;
-    shift = b;
-    rounder = rounder_of(m);
-  }
-};
-
 struct Wide {
   using V = __m512;
-  using Parameters = AffineWide;
   static constexpr int lanes = 16;
   static constexpr bool factored = false;
   static constexpr int rows(int together) { return together == 8 ? 2 : 4; }
@@ -53,30 +18,32 @@ struct Wide {
   static void store(float* at, V v) { _mm512_storeu_ps(at, v); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static V factor(const Affine&, int64_t) { return zero(); }
+  static V factor(const Centred&, int64_t) { return zero(); }
   static V natural(V v) { return v; }
   static float horizontal(V v) { return _mm512_reduce_add_ps(v); }
 };
 
-// As round_to in convert.h does, for products of a stored scale and an integer of at most 8 bits:
-// their lowest bits are zero, so that the sum below is rounded to a multiple of the wanted unit even
-// where it reaches the next power of two.
-inline __m512 rounded(__m512 value, __m512 rounder) {
-  return _mm512_fnmadd_ps(value, rounder, _mm512_fmadd_ps(value, rounder, value));
-}
+// What weights of a group are computed with.
+struct Affine {
+  __m512 scale, zero;
+
+  Affine() = default;
+  Affine(const Centred& row, int64_t g)
+      : scale(_mm512_set1_ps(row.scale[g])), zero(_mm512_set1_ps(row.zero[g])) {}
+
+  __m512 weights(__m512 codes) const { return _mm512_mul_ps(_mm512_sub_ps(codes, zero), scale); }
+  __m512 weights(__m512i codes) const { return weights(_mm512_cvtepi32_ps(codes)); }
+};
 
 template <int Bits>
 struct Table : Wide {
   using Group = __m512;
   static constexpr int unit = 16, vectors = 1, bytes = 2 * Bits, reach = Bits == 3 ? 8 : bytes;
 
-  static Group group(const Affine& row, int64_t g) {
+  static Group group(const Centred& row, int64_t g) {
     constexpr int last = (1 << Bits) - 1;
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512 code = _mm512_cvtepi32_ps(_mm512_and_si512(lane, _mm512_set1_epi32(last)));
-    const __m512 exact =
-        _mm512_fmadd_ps(code, _mm512_set1_ps(row.scale[g]), _mm512_set1_ps(row.shift[g]));
-    return rounded(exact, _mm512_set1_ps(row.rounder));
+    return Affine(row, g).weights(_mm512_and_si512(lane, _mm512_set1_epi32(last)));
   }
 
   static void weights(const uint8_t* codes, Group table, V* out) {
@@ -117,15 +84,10 @@ struct Table : Wide {
 // Codes of 5, 6 and 7 bits: each lane takes the two bytes in which its bits lie.
 template <int Bits>
 struct Windows : Wide {
-  struct Group {
-    __m512 scale, shift, rounder;
-  };
+  using Group = Affine;
   static constexpr int unit = 16, vectors = 1, bytes = 2 * Bits, reach = 16;
 
-  static Group group(const Affine& row, int64_t g) {
-    return {_mm512_set1_ps(row.scale[g]), _mm512_set1_ps(row.shift[g]),
-            _mm512_set1_ps(row.rounder)};
-  }
+  static Group group(const Centred& row, int64_t g) { return {row, g}; }
 
   static constexpr int pair(int lane) {
     const int k = lane * Bits / 8;
@@ -147,8 +109,7 @@ struct Windows : Wide {
 
   static void weights(const uint8_t* codes, const Group& group, V* out) {
     const __m512i last = _mm512_set1_epi32((1 << Bits) - 1);
-    const __m512 code = _mm512_cvtepi32_ps(_mm512_and_si512(words(codes), last));
-    out[0] = rounded(_mm512_fmadd_ps(code, group.scale, group.shift), group.rounder);
+    out[0] = group.weights(_mm512_and_si512(words(codes), last));
   }
 };
 
@@ -158,12 +119,10 @@ struct Twice : Windows<5> {
     __m512 low, high;
   };
 
-  static Group group(const Affine& row, int64_t g) {
+  static Group group(const Centred& row, int64_t g) {
     const __m512 lane = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512 scale = _mm512_set1_ps(row.scale[g]), shift = _mm512_set1_ps(row.shift[g]);
-    const __m512 upper = _mm512_add_ps(lane, _mm512_set1_ps(16)), by = _mm512_set1_ps(row.rounder);
-    return {rounded(_mm512_fmadd_ps(lane, scale, shift), by),
-            rounded(_mm512_fmadd_ps(upper, scale, shift), by)};
+    const Affine by(row, g);
+    return {by.weights(lane), by.weights(_mm512_add_ps(lane, _mm512_set1_ps(16)))};
   }
 
   static void weights(const uint8_t* codes, const Group& group, V* out) {
@@ -172,20 +131,14 @@ struct Twice : Windows<5> {
 };
 
 struct Bytes : Wide {
-  struct Group {
-    __m512 scale, shift, rounder;
-  };
+  using Group = Affine;
   static constexpr int unit = 16, vectors = 1, bytes = 16, reach = 16;
 
-  static Group group(const Affine& row, int64_t g) {
-    return {_mm512_set1_ps(row.scale[g]), _mm512_set1_ps(row.shift[g]),
-            _mm512_set1_ps(row.rounder)};
-  }
+  static Group group(const Centred& row, int64_t g) { return {row, g}; }
 
   static void weights(const uint8_t* codes, const Group& group, V* out) {
     const __m128i octets = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-    const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(octets));
-    out[0] = rounded(_mm512_fmadd_ps(code, group.scale, group.shift), group.rounder);
+    out[0] = group.weights(_mm512_cvtepu8_epi32(octets));
   }
 };
 

@@ -8,17 +8,15 @@ namespace {
 
 void decode_row(const rarefy_matrix& m, int64_t row, float* out, float* scratch) {
   const int64_t groups = groups_of(m), group = groups > 1 ? m.group : m.columns;
-  const float rounder = rounder_of(m);
   float* scale = scratch;
-  int32_t* zero = reinterpret_cast<int32_t*>(scratch + groups);
+  float* zero = scratch + groups;
   row_scales(m, row, scale);
   row_zeros(m, row, zero);
   Stream stream(row_codes(m, row), m.bits);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t end = at_most(m.columns, (g + 1) * group);
     for (int64_t j = g * group; j < end; ++j) {
-      const float code = static_cast<float>(static_cast<int32_t>(stream.next()) - zero[g]);
-      out[j] = round_to(code * scale[g], rounder);
+      out[j] = (static_cast<float>(stream.next()) - zero[g]) * scale[g];
     }
   }
 }

@@ -19,7 +19,12 @@ enum rarefy_kind {
   RAREFY_TWO_FOUR = 6,
 };
 
-enum rarefy_scale_type { RAREFY_SCALE_F32 = 0, RAREFY_SCALE_F16 = 1, RAREFY_SCALE_BF16 = 2 };
+enum rarefy_scale_type {
+  RAREFY_SCALE_F32 = 0,
+  RAREFY_SCALE_F16 = 1,
+  RAREFY_SCALE_BF16 = 2,
+  RAREFY_SCALE_U8 = 3,  // times the row's unit
+};
 
 enum rarefy_status {
   RAREFY_DONE = 0,
@@ -28,11 +33,12 @@ enum rarefy_status {
   RAREFY_NO_MEMORY = 3,
 };
 
-// Grouped integers (RAREFY_INT): w = T(scale * (code - zero)), T the type of the scales.
+// Grouped integers (RAREFY_INT): w = scale * (code - zero).
 //   codes   [m, words_per_row] 32-bit words, an LSB-first bit stream along each row
 //   scales  [m, G] in scale_type
-//   zeros   [ceil(m b / 32), G] 32-bit words, packed along rows; null when symmetric, where the
-//           zero point is 2^(b-1)
+//   units   [m] float32, which multiply scales of RAREFY_SCALE_U8; else unused
+//   zeros   [ceil(m c / 32), G] 32-bit words, packed along rows, c = zero_bits of each, b .. 8: the
+//           zero point is the packed number / 2^(c-b); null when symmetric, where it is 2^(b-1)
 // Dense (RAREFY_F32, _F16, _BF16): codes [m, n] in that type; bits, scales, zeros unused.
 // The other kinds are described where they are multiplied (lut.h, sparse.h).
 struct rarefy_matrix {
@@ -48,6 +54,8 @@ struct rarefy_matrix {
   const void* scales;
   const void* zeros;
   const void* extra;
+  const float* units;
+  int32_t zero_bits;  // 0: as many as codes have
 };
 
 // y[t, m] = x[t, n] W^T for t < vectors, float32, row-major. Returns a rarefy_status.

@@ -18,30 +18,24 @@ namespace {
 // would take more registers than there are.
 constexpr int kNear = 16;
 
-// Scale and -scale * zero of each group: weights are code * scale + shift.
-struct Affine {
+// Scale and zero point of each group.
+struct Centred {
   const float* scale;
-  const float* shift;
-  float rounder;
+  const float* zero;
 
   void read(const rarefy_matrix& m, int64_t row, float* scratch) {
-    const int64_t groups = groups_of(m);
-    float* s = scratch;
-    float* b = scratch + round_up(groups, 16);
-    row_scales(m, row, s);
-    row_zeros(m, row, reinterpret_cast<int32_t*>(b));
-    for (int64_t g = 0; g < groups; ++g) b[g] = -s[g] * static_cast<float>(load<int32_t>(b + g));
-    scale = s;
-    shift = b;
-    rounder = rounder_of(m);
+    float* zeros = scratch + round_up(groups_of(m), 16);
+    row_scales(m, row, scratch);
+    row_zeros(m, row, zeros);
+    scale = scratch;
+    zero = zeros;
   }
 
   // Of kNear groups from g on, in memory of the caller's.
-  using Near = Affine;
-  RAREFY_INLINE Near near(float* room, int64_t g) const {
+  RAREFY_INLINE Centred near(float* room, int64_t g) const {
     std::memcpy(room, scale + g, kNear * sizeof(float));
-    std::memcpy(room + kNear, shift + g, kNear * sizeof(float));
-    return {room, room + kNear, rounder};
+    std::memcpy(room + kNear, zero + g, kNear * sizeof(float));
+    return {room, room + kNear};
   }
 };
 
@@ -82,8 +76,8 @@ int64_t units_of_group(const rarefy_matrix& m) {
 }
 
 // Weights of a group, and its sums: those of the row so far, or none if they still get a factor.
-template <class W, int R, int T, int C, class Parameters>
-RAREFY_INLINE inline void begin_group(const Parameters (&row)[R], int64_t g,
+template <class W, int R, int T, int C>
+RAREFY_INLINE inline void begin_group(const Centred (&row)[R], int64_t g,
                                       const typename W::V (&total)[R][T][C],
                                       typename W::Group (&group)[R], typename W::V (&sum)[R][T][C]) {
   RAREFY_UNROLL
@@ -97,8 +91,8 @@ RAREFY_INLINE inline void begin_group(const Parameters (&row)[R], int64_t g,
   }
 }
 
-template <class W, int R, int T, int C, class Parameters>
-RAREFY_INLINE inline void end_group(const Parameters (&row)[R], int64_t g,
+template <class W, int R, int T, int C>
+RAREFY_INLINE inline void end_group(const Centred (&row)[R], int64_t g,
                                     const typename W::V (&sum)[R][T][C],
                                     typename W::V (&total)[R][T][C]) {
   RAREFY_UNROLL
@@ -118,7 +112,7 @@ RAREFY_INLINE inline void end_group(const Parameters (&row)[R], int64_t g,
 // The first `groups` groups, all of whose units can be read in place: nothing but pointers that move.
 template <class W, int R, int T, int C>
 RAREFY_INLINE inline void plain_groups(const IntProduct& p, const Row<W> (&rows)[R],
-                                       const typename W::Parameters (&row)[R], int64_t groups,
+                                       const Centred (&row)[R], int64_t groups,
                                        int64_t many, typename W::V (&total)[R][T][C]) {
   using V = typename W::V;
   const uint8_t* codes[R];
@@ -128,7 +122,7 @@ RAREFY_INLINE inline void plain_groups(const IntProduct& p, const Row<W> (&rows)
   const int64_t stride = p.stride;
   for (int64_t first = 0; first < groups; first += kNear) {
     alignas(64) float room[R][2 * kNear];
-    typename W::Parameters::Near near[R];
+    Centred near[R];
     RAREFY_UNROLL
     for (int r = 0; r < R; ++r) near[r] = row[r].near(room[r], first);
     const int64_t some = at_most(kNear, groups - first);
@@ -173,7 +167,7 @@ void product_of_rows(const IntProduct& p, int64_t row0, int64_t apart, float* sc
   const int64_t units = ceil_div(m.columns, W::unit), safe = safe_units<W>(m, units);
   const int64_t groups = groups_of(m), many = units_of_group<W>(m), room = 2 * round_up(groups, 16);
   Row<W> row[R];
-  typename W::Parameters parameters[R];
+  Centred parameters[R];
   for (int r = 0; r < R; ++r) {
     row[r].open(m, row0 + r * apart, safe, units);
     parameters[r].read(m, row0 + r * apart, scratch + r * room);
@@ -255,7 +249,7 @@ void decode_rows(const rarefy_matrix& m, int64_t row0, int64_t row1, float* out,
   for (int64_t r = row0; r < row1; ++r, out += m.columns) {
     Row<W> row;
     row.open(m, r, safe, units);
-    typename W::Parameters parameters;
+    Centred parameters;
     parameters.read(m, r, scratch);
     for (int64_t u = 0, g = 0; u < units; ++g) {
       const typename W::Group group = W::group(parameters, g);

@@ -20,9 +20,10 @@ constexpr int64_t block() {
   return W::unit / W::scales;
 }
 
+// Whether a step's blocks lie in one group each; zero points have to be integers here.
 template <class W>
 bool fits8(const rarefy_matrix& m) {
-  return groups_of(m) == 1 || m.group % block<W>() == 0;
+  return zero_steps(m) == 1 && (groups_of(m) == 1 || m.group % block<W>() == 0);
 }
 
 // How scales lie over the steps of a row. Where groups and steps divide each other, `per_step` of
@@ -67,11 +68,10 @@ struct Row8 {
     float* s = scratch;
     int32_t* z = reinterpret_cast<int32_t*>(scratch + room);
     row_scales(m, row, s);
-    row_zeros(m, row, z);
-    if (Late) {
-      for (int64_t g = 0; g < groups; ++g) z[g] = bits_as<int32_t>(-s[g] * static_cast<float>(z[g]));
-    } else {
-      for (int64_t g = 0; g < groups; ++g) z[g] = -z[g] & 0xFFFF;
+    row_zeros(m, row, scratch + room);
+    for (int64_t g = 0; g < groups; ++g) {
+      const float zero = scratch[room + g];
+      z[g] = Late ? bits_as<int32_t>(-s[g] * zero) : -static_cast<int32_t>(zero) & 0xFFFF;
     }
     for (int64_t g = groups; g < room; ++g) s[g] = 0.0f, z[g] = 0;
     scale = s;

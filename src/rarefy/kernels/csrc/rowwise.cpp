@@ -7,10 +7,10 @@
 #include "convert.h"
 #include "dense.h"
 #include "dispatch.h"
-#include "fixed.h"
 #include "integer.h"
 #include "lut.h"
 #include "pool.h"
+#include "single.h"
 #include "sparse.h"
 
 namespace rarefy {
@@ -24,8 +24,9 @@ const IntKernels& integers() { return int_portable; }
 const DenseKernels& dense() { return dense_portable; }
 #endif
 
-float scale_at(const rarefy_matrix& m, int64_t at) {
+float scale_at(const rarefy_matrix& m, int64_t row, int64_t at) {
   if (m.scale_type == RAREFY_SCALE_F32) return static_cast<const float*>(m.scales)[at];
+  if (m.scale_type == RAREFY_SCALE_U8) return m.units[row] * static_cast<const uint8_t*>(m.scales)[at];
   const uint16_t half = static_cast<const uint16_t*>(m.scales)[at];
   return m.scale_type == RAREFY_SCALE_F16 ? from_f16(half) : from_bf16(half);
 }
@@ -38,8 +39,8 @@ float weight_at(const rarefy_matrix& m, int64_t row, int64_t column) {
     const uint32_t word = static_cast<const uint32_t*>(m.zeros)[row / 4 * groups + g];
     zero = static_cast<int>(word >> row % 4 * 8 & 255);
   }
-  const float code = static_cast<float>(row_codes(m, row)[column] - zero);
-  return round_to(code * scale_at(m, row * groups + g), rounder_of(m));
+  const float units = static_cast<float>(row_codes(m, row)[column] - zero);
+  return units * scale_at(m, row, row * groups + g);
 }
 
 float* room(Scratch& scratch, int64_t floats) {
@@ -48,22 +49,24 @@ float* room(Scratch& scratch, int64_t floats) {
 
 }  // namespace
 
-void* RowWorker::arrange(const rarefy_matrix& matrix, const float* x) {
-  const int64_t stride = round_up(matrix.columns, kWidest);
-  float* out = room(arranged_, stride);
-  if (from_ != x || bits_ != matrix.bits || scale_type_ != matrix.scale_type ||
-      columns_ != matrix.columns || group_ != matrix.group) {
-    if (fixed_kernels().suits(matrix)) {
-      unit_ = fixed_kernels().arrange(matrix, x, reinterpret_cast<int16_t*>(out));
-    } else {
-      integers().arrange(matrix, x, out, stride);
-    }
-    from_ = x;
-    bits_ = matrix.bits;
-    scale_type_ = matrix.scale_type;
-    columns_ = matrix.columns;
-    group_ = matrix.group;
+const float* RowWorker::arrange(const rarefy_matrix& matrix, const float* x) {
+  const int64_t stride = round_up(matrix.columns, 64);
+  const bool single = single_kernels().suits(matrix);
+  float* out = room(arranged_, single ? single_bytes(matrix) / 4 : stride);
+  if (from_ == x && bits_ == matrix.bits && columns_ == matrix.columns && group_ == matrix.group &&
+      zero_steps_ == zero_steps(matrix)) {
+    return out;
   }
+  if (single) {
+    single_ = single_kernels().arrange(matrix, x, out);
+  } else {
+    integers().arrange(matrix, x, out, stride);
+  }
+  from_ = x;
+  bits_ = matrix.bits;
+  columns_ = matrix.columns;
+  group_ = matrix.group;
+  zero_steps_ = zero_steps(matrix);
   return out;
 }
 
@@ -77,13 +80,15 @@ int RowWorker::product(const rarefy_matrix& matrix, const float* x, float* y, in
       return RAREFY_DONE;
     case RAREFY_INT: {
       float* scratch = room(scratch_, int_scratch(matrix));
-      void* arranged = arrange(matrix, x);
-      if (fixed_kernels().suits(matrix)) {
-        const FixedProduct job{&matrix, static_cast<int16_t*>(arranged), unit_, y - row0};
-        fixed_kernels().product(job, row0, row1, scratch);
+      const float* arranged = arrange(matrix, x);
+      if (single_kernels().suits(matrix)) {
+        SingleProduct job = single_;
+        job.matrix = &matrix;
+        job.y = y - row0;
+        single_kernels().product(job, row0, row1, scratch);
       } else {
-        const int64_t stride = round_up(matrix.columns, kWidest);
-        const IntProduct job{&matrix, static_cast<float*>(arranged), stride, 1, y - row0, 1};
+        const int64_t stride = round_up(matrix.columns, 64);
+        const IntProduct job{&matrix, arranged, stride, 1, y - row0, 1};
         integers().product(job, row0, row1, scratch);
       }
       return RAREFY_DONE;

@@ -8,6 +8,7 @@
 #include "integer8.h"
 #include "matrix.h"
 #include "scratch.h"
+#include "single.h"
 
 namespace rarefy {
 
@@ -37,15 +38,15 @@ class RowWorker {
   int decode(const rarefy_matrix& matrix, int64_t row0, int64_t row1, float* out);
 
  private:
-  // The vector as floats or as limbs, whichever the product of such a matrix takes.
-  void* arrange(const rarefy_matrix& matrix, const float* x);
+  // The vector as floats, or in `single_`, whichever the product of such a matrix takes.
+  const float* arrange(const rarefy_matrix& matrix, const float* x);
 
   Scratch arranged_, scratch_, calm_;
   Rounded rounded_;
   const float* from_ = nullptr;  // what arranged_ was made of, and for which codes
   int64_t columns_ = 0, group_ = 0;
-  int32_t bits_ = 0, scale_type_ = 0;
-  float unit_ = 0.0f;
+  int32_t bits_ = 0, zero_steps_ = 0;
+  SingleProduct single_{};
   const float* mixed_ = nullptr;  // what calm_ was made of: the vector without its outliers
   float outlier_ = 0.0f;
   std::vector<int64_t> apart_;  // where those are

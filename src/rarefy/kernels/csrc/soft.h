@@ -10,12 +10,11 @@ extern "C" {
 
 struct rarefy_ranges {
   int64_t rows, columns;
-  int64_t group;       // columns a group
-  int32_t scale_type;  // that values are rounded to, see matrix.h
+  int64_t group;  // columns a group
   const float *scale, *low, *high;
 };
 
-// values = T(s c). `offset` is v, or null for 0.
+// values = s c. `offset` is v, or null for 0.
 int rarefy_soft_round(const rarefy_ranges* ranges, const float* weight, const float* offset,
                       float* values, int threads);
 

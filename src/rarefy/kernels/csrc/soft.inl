@@ -19,14 +19,13 @@ inline float within(float x, float low, float high) {
   return up > high ? high : up;
 }
 
-template <bool kOffset, bool kRounded>
+template <bool kOffset>
 inline void group_values(const float* w, const float* v, float* out, int64_t count, float scale,
-                         float low, float high, float rounder) {
+                         float low, float high) {
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) {
     const float u = kOffset ? w[k] / scale + v[k] : w[k] / scale;
-    const float value = within(nearest(u), low, high) * scale;
-    out[k] = kRounded ? round_to(value, rounder) : value;
+    out[k] = within(nearest(u), low, high) * scale;
   }
 }
 
@@ -51,19 +50,14 @@ inline void group_back(const float* w, const float* v, const float* g, float* ou
 void values_of(const rarefy_ranges& r, int64_t row, const float* weight, const float* offset,
                float* values) {
   const int64_t groups = ceil_div(r.columns, r.group);
-  const float rounder = r.scale_type == RAREFY_SCALE_F16    ? 8192.0f
-                        : r.scale_type == RAREFY_SCALE_BF16 ? 65536.0f
-                                                            : 0.0f;
   for (int64_t k = 0; k < groups; ++k) {
     const int64_t first = row * r.columns + k * r.group, at = row * groups + k;
     const int64_t count = at_most(r.group, r.columns - k * r.group);
     const float *w = weight + first, *v = offset ? offset + first : nullptr;
     const float s = r.scale[at], low = r.low[at], high = r.high[at];
     float* out = values + first;
-    if (v && rounder != 0.0f) group_values<true, true>(w, v, out, count, s, low, high, rounder);
-    else if (v) group_values<true, false>(w, v, out, count, s, low, high, rounder);
-    else if (rounder != 0.0f) group_values<false, true>(w, v, out, count, s, low, high, rounder);
-    else group_values<false, false>(w, v, out, count, s, low, high, rounder);
+    if (v) group_values<true>(w, v, out, count, s, low, high);
+    else group_values<false>(w, v, out, count, s, low, high);
   }
 }
 

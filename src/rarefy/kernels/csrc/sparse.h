@@ -2,7 +2,7 @@
 //
 // Values, of the kept weights row by row without gaps (rarefy_matrix.codes):
 //   bits 0      floating numbers in scale_type; scales and zeros unused
-//   bits 2..8   an LSB-first bit stream of codes, w = T(scale * (code - zero)); scales, zeros and
+//   bits 2..8   an LSB-first bit stream of codes, w = scale * (code - zero); scales, zeros and
 //               symmetric as for RAREFY_INT
 // Places (rarefy_matrix.extra, a rarefy_places):
 //   RAREFY_BITMASK   one bit a weight, rows padded to whole 32-bit words

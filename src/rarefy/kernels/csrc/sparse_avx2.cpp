@@ -71,31 +71,15 @@ struct Simd {
   struct Group {
     Float zero, scale;
   };
-  template <int Type>
   static Group group(float zero, float scale) {
     return {_mm256_set1_ps(zero), _mm256_set1_ps(scale)};
   }
   // One instruction takes the next codes apart and deals them out to the octets of the kept lanes.
-  template <int Type>
   static Float decode(const CodeStream& stream, const Group& group, uint32_t mask) {
     const uint64_t octets = _pdep_u64(stream.window(), kOrders.octets[mask] & stream.ones());
     const __m128i eight = _mm_cvtsi64_si128(static_cast<int64_t>(octets));
     const Float codes = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
-    const Float value = _mm256_mul_ps(_mm256_sub_ps(codes, group.zero), group.scale);
-    return keep(mask, rounded<Type>(value));
-  }
-  template <int Type>
-  static Float rounded(Float value) {
-    if (Type == RAREFY_SCALE_F32) return value;
-    if (Type == RAREFY_SCALE_F16) {
-      return _mm256_cvtph_ps(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-    }
-    // To bfloat16: half of the last kept digit, a little less if that digit is even.
-    const __m256i bits = _mm256_castps_si256(value);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    const __m256i kept = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_add_epi32(bits, half), kept));
+    return keep(mask, _mm256_mul_ps(_mm256_sub_ps(codes, group.zero), group.scale));
   }
 };
 

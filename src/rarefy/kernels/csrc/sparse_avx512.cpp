@@ -36,14 +36,12 @@ struct Simd {
   struct Group {
     Float table, zero, scale;
   };
-  template <int Type>
   static Group group(float zero, float scale) {
     const __m512 all = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     Group group = {all, _mm512_set1_ps(zero), _mm512_set1_ps(scale)};
-    group.table = value<Type>(all, group);
+    group.table = value(all, group);
     return group;
   }
-  template <int Type>
   static Float decode(const CodeStream& stream, const Group& group, uint32_t mask) {
     const uint64_t ones = stream.ones();
     const __m128i octets =
@@ -51,22 +49,11 @@ struct Simd {
                        static_cast<int64_t>(_pdep_u64(stream.window(), ones)));
     const __m512i codes = _mm512_cvtepu8_epi32(octets);
     const Float values = stream.bits <= 4 ? _mm512_permutexvar_ps(codes, group.table)
-                                          : value<Type>(_mm512_cvtepi32_ps(codes), group);
+                                          : value(_mm512_cvtepi32_ps(codes), group);
     return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), values);
   }
-  template <int Type>
   static Float value(Float codes, const Group& group) {
-    const Float value = _mm512_mul_ps(_mm512_sub_ps(codes, group.zero), group.scale);
-    if (Type == RAREFY_SCALE_F32) return value;
-    if (Type == RAREFY_SCALE_F16) {
-      return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-    }
-    // To bfloat16: half of the last kept digit, a little less if that digit is even.
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    const __m512i kept = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(bits, half), kept));
+    return _mm512_mul_ps(_mm512_sub_ps(codes, group.zero), group.scale);
   }
 };
 

@@ -25,17 +25,13 @@ struct Simd {
   struct Group {
     float zero, scale;
   };
-  template <int Type>
   static Group group(float zero, float scale) {
     return {zero, scale};
   }
-  template <int Type>
   static Float decode(const CodeStream& stream, const Group& group, uint32_t mask) {
     if (!mask) return 0.0f;
     const auto code = static_cast<float>(stream.window() & ((1u << stream.bits) - 1));
-    const float value = group.scale * (code - group.zero);
-    if (Type == RAREFY_SCALE_F32) return value;
-    return round_to(value, Type == RAREFY_SCALE_F16 ? 8192.0f : 65536.0f);
+    return group.scale * (code - group.zero);
   }
 };
 

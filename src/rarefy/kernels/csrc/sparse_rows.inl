@@ -31,7 +31,7 @@ struct Row {
   uint8_t* mask;
   int64_t start, total;
   float* scale = nullptr;
-  int32_t* zero = nullptr;
+  float* zero = nullptr;
 
   Row(const rarefy_matrix& w, int64_t row, float* scratch) {
     const auto& places = *static_cast<const rarefy_places*>(w.extra);
@@ -50,7 +50,7 @@ struct Row {
     }
     if (w.bits == 0) return;
     scale = scratch + ceil_div(w.columns, 32) + 2;
-    zero = reinterpret_cast<int32_t*>(scale + groups_of(w));
+    zero = scale + groups_of(w);
     row_scales(w, row, scale);
     row_zeros(w, row, zero);
   }
@@ -84,13 +84,13 @@ void walk_as(const rarefy_matrix& w, const Row& row, Sink& sink) {
   int64_t position = row.start;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t past = at_most(w.columns, (g + 1) * group);
-    const auto values = Codes ? Simd::group<Type>(static_cast<float>(row.zero[g]), row.scale[g])
+    const auto values = Codes ? Simd::group(row.zero[g], row.scale[g])
                               : typename Simd::Group();
     const auto step = [&](int64_t j, int64_t live) {
       const uint32_t mask = bits_at(row.mask, j, live);
       if (Codes) {
         const CodeStream stream{w.codes, w.bits, position, row.total};
-        sink(j, Simd::decode<Type>(stream, values, mask), live);
+        sink(j, Simd::decode(stream, values, mask), live);
       } else {
         sink(j, Simd::expand<Type>(w.codes, position, mask, row.total), live);
       }
@@ -102,21 +102,17 @@ void walk_as(const rarefy_matrix& w, const Row& row, Sink& sink) {
   }
 }
 
-template <bool Codes, class Sink>
-void walk_values(const rarefy_matrix& w, const Row& row, Sink& sink) {
-  switch (w.scale_type) {
-    case RAREFY_SCALE_F16:
-      return walk_as<Codes, RAREFY_SCALE_F16>(w, row, sink);
-    case RAREFY_SCALE_BF16:
-      return walk_as<Codes, RAREFY_SCALE_BF16>(w, row, sink);
-    default:
-      return walk_as<Codes, RAREFY_SCALE_F32>(w, row, sink);
-  }
-}
-
 template <class Sink>
 void walk(const rarefy_matrix& w, const Row& row, Sink& sink) {
-  return w.bits ? walk_values<true>(w, row, sink) : walk_values<false>(w, row, sink);
+  if (w.bits) return walk_as<true, RAREFY_SCALE_F32>(w, row, sink);
+  switch (w.scale_type) {
+    case RAREFY_SCALE_F16:
+      return walk_as<false, RAREFY_SCALE_F16>(w, row, sink);
+    case RAREFY_SCALE_BF16:
+      return walk_as<false, RAREFY_SCALE_BF16>(w, row, sink);
+    default:
+      return walk_as<false, RAREFY_SCALE_F32>(w, row, sink);
+  }
 }
 
 struct Dot {

@@ -1,6 +1,6 @@
 """Products with grouped integers of 2, 4 or 8 bits on a GPU, read as they are stored.
 
-    y[t, r] = sum_c x[t, c] W'[r, c]        W'[r, c] = stored_type(scale (code - zero))
+    y[t, r] = sum_c x[t, c] W'[r, c]        W'[r, c] = scale (code - zero)
 
 The layout is that of :mod:`rarefy.formats.integer`: int32 words [m, ceil(n b / 32)], codes from the
 low bits up; scales [m, G] of 16 bits; zero points packed along the rows, [ceil(m b / 32), G]. Each
@@ -32,7 +32,7 @@ def _weights(
     words, scales, zeros, rows, start, m, n, words_per_row, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """W' [rows, start .. start + BLOCK] in the scales' type; zero outside the matrix."""
+    """W' [rows, start .. start + BLOCK] in float32; zero outside the matrix."""
     PER: tl.constexpr = 32 // BITS
     MASK: tl.constexpr = (1 << BITS) - 1
     columns = start + tl.arange(0, BLOCK)
@@ -52,7 +52,7 @@ def _weights(
         above = tl.load(zeros + (rows // PER)[:, None] * groups + group, mask=known, other=0)
         zero = (above >> ((rows % PER) * BITS)[:, None]) & MASK
     value = (code - zero).to(tl.float32) * scale.to(tl.float32)
-    return tl.where(inside, value, 0.0).to(scale.dtype)
+    return tl.where(inside, value, 0.0)
 
 
 @triton.jit

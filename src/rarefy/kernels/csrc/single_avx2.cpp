@@ -1,0 +1,125 @@
+// Products of unsigned codes and signed limbs into 16 bits are exact up to 4 bits. Codes of 8 bits
+// become floats: they would have to be widened in any case.
+
+#include "codes_avx2.h"
+#include "limbs.h"
+
+namespace rarefy {
+namespace {
+
+struct Eight {
+  using V = __m256;
+  static V begin(__m256 v) { return v; }
+  static float total(V v) { return horizontal(v); }
+};
+
+template <class Codes>
+struct Limbs : Codes, Eight {
+  static constexpr int octets = 3 * kStep, fixed = 22;
+  __m256i x[3][2];  // low, middle and high
+
+  explicit Limbs(const uint8_t* at)
+      : x{{whole(at), whole(at + 32)},
+          {whole(at + 64), whole(at + 96)},
+          {whole(at + 128), whole(at + 160)}} {}
+
+  template <int P>
+  V add(const uint8_t* codes, const float* scale, V sum) const {
+    __m256i first, second, four[3];
+    Codes::split(codes, first, second);
+    RAREFY_UNROLL
+    for (int i = 0; i < 3; ++i) {
+      four[i] = _mm256_add_epi16(_mm256_maddubs_epi16(first, x[i][0]),
+                                 _mm256_maddubs_epi16(second, x[i][1]));
+    }
+    const __m256i one = _mm256_set1_epi16(1), octet = _mm256_set1_epi16(256);
+    const __m256i upper =
+        _mm256_add_epi32(_mm256_madd_epi16(four[2], octet), _mm256_madd_epi16(four[1], one));
+    const __m256i exact =
+        _mm256_add_epi32(_mm256_slli_epi32(upper, 8), _mm256_madd_epi16(four[0], one));
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), Codes::template scales<P>(scale), sum);
+  }
+};
+
+struct Floats : Eight {
+  static constexpr int bits = 8, bytes = 64, octets = 4 * kStep;
+  const float* x;
+
+  explicit Floats(const uint8_t* at) : x(reinterpret_cast<const float*>(at)) {}
+
+  __m256 eight(const uint8_t* codes, int j, __m256 sum) const {
+    const __m128i some = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + j));
+    const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(some));
+    return _mm256_fmadd_ps(code, _mm256_loadu_ps(x + j), sum);
+  }
+  template <int P>
+  V add(const uint8_t* codes, const float* scale, V sum) const {
+    __m256 half[2];
+    for (int h = 0; h < 2; ++h) {
+      half[h] = _mm256_setzero_ps();
+      for (int j = 32 * h; j < 32 * h + 32; j += 8) half[h] = eight(codes, j, half[h]);
+    }
+    if (P == 1) {
+      return _mm256_fmadd_ps(_mm256_add_ps(half[0], half[1]), _mm256_broadcast_ss(scale), sum);
+    }
+    sum = _mm256_fmadd_ps(half[0], _mm256_broadcast_ss(scale), sum);
+    return _mm256_fmadd_ps(half[1], _mm256_broadcast_ss(scale + 1), sum);
+  }
+};
+
+SingleProduct arrange_floats(const rarefy_matrix& m, const float* x, void* memory) {
+  const Pieces to(m, memory);
+  // Sums of codes times numbers close to the largest float would be none.
+  const int32_t largest = peak(x, m.columns);
+  const int top = above(largest);
+  const __m256 inverse = _mm256_set1_ps(power(256 - top));
+  float* out = reinterpret_cast<float*>(to.x);
+  std::memset(to.sums, 0, round_up(groups_of(m), 16) * sizeof(float));
+  for (int64_t j = 0; j < m.columns; j += kStep / 2) {
+    __m256 sum = _mm256_setzero_ps();
+    for (int64_t k = j; k < j + kStep / 2; k += 8) {
+      const __m256 some = _mm256_mul_ps(_mm256_loadu_ps(x + k), inverse);
+      _mm256_storeu_ps(out + k, some);
+      sum = _mm256_add_ps(sum, some);
+    }
+    sum_of(m, to, j) += horizontal(sum);
+  }
+  return {&m, to.x, to.sums, nullptr, scale_of(largest, top - 2), nullptr};
+}
+
+bool suits(const rarefy_matrix& m) {
+  return suits<Limbs<Crumbs>>(m) || suits<Limbs<Threes>>(m) || suits<Limbs<Nibbles>>(m) ||
+         suits<Floats>(m);
+}
+
+SingleProduct arrange(const rarefy_matrix& m, const float* x, void* memory) {
+  switch (m.bits) {
+    case 2:
+      return arrange_limbs<Limbs<Crumbs>>(m, x, memory);
+    case 3:
+      return arrange_limbs<Limbs<Threes>>(m, x, memory);
+    case 4:
+      return arrange_limbs<Limbs<Nibbles>>(m, x, memory);
+    default:
+      return arrange_floats(m, x, memory);
+  }
+}
+
+void product(const SingleProduct& p, int64_t row0, int64_t row1, float* scratch) {
+  switch (p.matrix->bits) {
+    case 2:
+      return product_of_single<Limbs<Crumbs>>(p, row0, row1, scratch);
+    case 3:
+      return product_of_single<Limbs<Threes>>(p, row0, row1, scratch);
+    case 4:
+      return product_of_single<Limbs<Nibbles>>(p, row0, row1, scratch);
+    default:
+      return product_of_single<Floats>(p, row0, row1, scratch);
+  }
+}
+
+}  // namespace
+
+extern const SingleKernels single_avx2 = {suits, arrange, product};
+
+}  // namespace rarefy

@@ -1,0 +1,129 @@
+// The codes of 64 columns are the bytes of one register; VNNI multiplies and adds four of them at a
+// time, limb after limb.
+
+#include "limbs.h"
+
+namespace rarefy {
+namespace {
+
+// Two scales by lanes; see codes_avx2.h.
+inline __m512 two_scales(const float* at, __m512i places) {
+  const __m512d both = _mm512_set1_pd(load<double>(at));
+  return _mm512_permutevar_ps(_mm512_castpd_ps(both), places);
+}
+
+struct Crumbs {
+  static constexpr int bits = 2, bytes = 16, fixed = 22;
+  static constexpr int column(int place) { return place % 16 * 4 + place / 16; }
+
+  static __m512i split(const uint8_t* codes) {
+    const __m512i down = _mm512_set_epi32(6, 6, 6, 6, 4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0);
+    const __m512i all =
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return _mm512_and_si512(_mm512_srlv_epi32(all, down), _mm512_set1_epi8(3));
+  }
+  static __m512i places() { return _mm512_set4_epi32(1, 1, 0, 0); }
+};
+
+// Eight pairs of codes are six bytes, which lie in the first words of a lane: two bytes that hold a
+// pair are shifted down, and the second of the pair up again.
+struct Threes {
+  static constexpr int bits = 3, bytes = 24, fixed = 22;
+  static constexpr int column(int place) { return place; }
+
+  static __m512i split(const uint8_t* codes) {
+    const __m512i words = _mm512_set_epi32(7, 6, 5, 4, 6, 5, 4, 3, 4, 3, 2, 1, 3, 2, 1, 0);
+    const __m512i order = _mm512_broadcast_i64x4(
+        _mm256_set_epi32(0x08070706, 0x06050605, 0x05040403, 0x03020302, 0x06050504, 0x04030403,
+                         0x03020201, 0x01000100));
+    const __m512i down = _mm512_set1_epi64(0x0002000400060000);
+    const __m256i some = _mm256_maskz_loadu_epi32(0x3F, codes);
+    const __m512i lanes = _mm512_permutexvar_epi32(words, _mm512_castsi256_si512(some));
+    const __m512i pairs = _mm512_srlv_epi16(_mm512_shuffle_epi8(lanes, order), down);
+    const __m512i both = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x00FF), pairs,
+                                                   _mm512_slli_epi16(pairs, 5), 0xCA);
+    return _mm512_and_si512(both, _mm512_set1_epi16(0x0707));
+  }
+  static __m512i places() { return _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0); }
+};
+
+struct Nibbles {
+  static constexpr int bits = 4, bytes = 32, fixed = 22;
+  static constexpr int column(int place) { return place % 32 * 2 + place / 32; }
+
+  static __m512i split(const uint8_t* codes) {
+    const __m512i down = _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0);
+    const __m512i all = _mm512_broadcast_i64x4(whole(codes));
+    return _mm512_and_si512(_mm512_srlv_epi64(all, down), _mm512_set1_epi8(15));
+  }
+  static __m512i places() { return _mm512_set_epi32(1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0); }
+};
+
+// Four products of 255 and 2^21 are just below 2^31.
+struct Bytes {
+  static constexpr int bits = 8, bytes = 64, fixed = 21;
+  static constexpr int column(int place) { return place; }
+
+  static __m512i split(const uint8_t* codes) { return _mm512_loadu_si512(codes); }
+  static __m512i places() { return Threes::places(); }
+};
+
+template <class Codes>
+struct Limbs : Codes {
+  using V = __m512;
+  static constexpr int octets = 3 * kStep;
+  __m512i x[3];  // low, middle and high
+
+  explicit Limbs(const uint8_t* at)
+      : x{_mm512_loadu_si512(at), _mm512_loadu_si512(at + 64), _mm512_loadu_si512(at + 128)} {}
+
+  static V begin(__m256 v) { return _mm512_zextps256_ps512(v); }
+  static float total(V v) { return _mm512_reduce_add_ps(v); }
+
+  template <int P>
+  V add(const uint8_t* codes, const float* scale, V sum) const {
+    const __m512i q = Codes::split(codes);
+    __m512i exact = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x[2]);
+    exact = _mm512_dpbusd_epi32(_mm512_slli_epi32(exact, 8), q, x[1]);
+    exact = _mm512_dpbusd_epi32(_mm512_slli_epi32(exact, 8), q, x[0]);
+    const __m512 by = P == 1 ? _mm512_set1_ps(*scale) : two_scales(scale, Codes::places());
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), by, sum);
+  }
+};
+
+bool suits(const rarefy_matrix& m) {
+  return suits<Limbs<Crumbs>>(m) || suits<Limbs<Threes>>(m) || suits<Limbs<Nibbles>>(m) ||
+         suits<Limbs<Bytes>>(m);
+}
+
+SingleProduct arrange(const rarefy_matrix& m, const float* x, void* memory) {
+  switch (m.bits) {
+    case 2:
+      return arrange_limbs<Limbs<Crumbs>>(m, x, memory);
+    case 3:
+      return arrange_limbs<Limbs<Threes>>(m, x, memory);
+    case 4:
+      return arrange_limbs<Limbs<Nibbles>>(m, x, memory);
+    default:
+      return arrange_limbs<Limbs<Bytes>>(m, x, memory);
+  }
+}
+
+void product(const SingleProduct& p, int64_t row0, int64_t row1, float* scratch) {
+  switch (p.matrix->bits) {
+    case 2:
+      return product_of_single<Limbs<Crumbs>>(p, row0, row1, scratch);
+    case 3:
+      return product_of_single<Limbs<Threes>>(p, row0, row1, scratch);
+    case 4:
+      return product_of_single<Limbs<Nibbles>>(p, row0, row1, scratch);
+    default:
+      return product_of_single<Limbs<Bytes>>(p, row0, row1, scratch);
+  }
+}
+
+}  // namespace
+
+extern const SingleKernels single_avx512 = {suits, arrange, product};
+
+}  // namespace rarefy
