@@ -92,10 +92,13 @@ void check(const rarefy_matrix& m, int64_t vectors, int threads) {
   expect(same, "last row", m, 1, status);
 }
 
-void check_integers(int bits, int64_t rows, int64_t columns, int64_t group, int variant) {
+// Scales of 16 bits, zero points of as many bits as codes have; or, `finer`, of 8 bits both.
+void check_integers(int bits, int64_t rows, int64_t columns, int64_t group, int variant,
+                    bool finer = false) {
   const int64_t words = (columns * bits + 31) / 32;
   const int64_t groups = group > 0 && group < columns ? (columns + group - 1) / group : 1;
-  auto codes = random_words(rows * words), zeros = random_words((rows * bits + 31) / 32 * groups);
+  const int64_t zero_words = (rows * (finer ? 8 : bits) + 31) / 32 * groups;
+  auto codes = random_words(rows * words), zeros = random_words(zero_words);
   auto scales = exactly<uint16_t>(rows * groups);
   const bool half = variant & 1;
   for (int64_t i = 0; i < rows * groups; ++i) {  // between 2^-8 and 2^-6 in either type
@@ -104,8 +107,18 @@ void check_integers(int bits, int64_t rows, int64_t columns, int64_t group, int 
   const bool symmetric = variant & 2;
   const rarefy_matrix m{RAREFY_INT, bits, half ? RAREFY_SCALE_F16 : RAREFY_SCALE_BF16, symmetric,
                         rows, columns, group, words, codes.get(), scales.get(),
-                        symmetric ? nullptr : zeros.get(), nullptr};
-  check(m, 1 + variant * 3, 1 + variant % 3);
+                        symmetric ? nullptr : zeros.get(), nullptr, nullptr, 0};
+  if (!finer) return check(m, 1 + variant * 3, 1 + variant % 3);
+  auto octets = exactly<uint8_t>(rows * groups);
+  auto units = exactly<float>(rows);
+  for (int64_t i = 0; i < rows * groups; ++i) octets[i] = static_cast<uint8_t>(64 + dice() % 192);
+  for (int64_t i = 0; i < rows; ++i) units[i] = 1e-4f * static_cast<float>(1 + dice() % 4);
+  rarefy_matrix other = m;
+  other.scale_type = RAREFY_SCALE_U8;
+  other.scales = octets.get();
+  other.units = units.get();
+  other.zero_bits = 8;
+  check(other, 1 + variant * 3, 1 + variant % 3);
 }
 
 void check_dense(int kind, int64_t rows, int64_t columns, int64_t vectors) {
@@ -113,7 +126,7 @@ void check_dense(int kind, int64_t rows, int64_t columns, int64_t vectors) {
   auto halves = exactly<uint16_t>(rows * columns);
   for (int64_t i = 0; i < rows * columns; ++i) halves[i] = static_cast<uint16_t>(0x3800 + dice() % 0x400);
   const void* codes = kind == RAREFY_F32 ? static_cast<void*>(values.get()) : halves.get();
-  check(rarefy_matrix{kind, 0, 0, 0, rows, columns, 0, 0, codes, nullptr, nullptr, nullptr},
+  check(rarefy_matrix{kind, 0, 0, 0, rows, columns, 0, 0, codes, nullptr, nullptr, nullptr, nullptr, 0},
         vectors, 2);
 }
 
@@ -135,7 +148,8 @@ struct Model {
   rarefy_matrix dense(int64_t rows, int64_t columns) {
     float* values = keep(random_floats(rows * columns));
     for (int64_t i = 0; i < rows * columns; ++i) values[i] *= 0.2f;
-    return {RAREFY_F32, 0, 0, 0, rows, columns, 0, 0, values, nullptr, nullptr, nullptr};
+    return {RAREFY_F32, 0, 0, 0, rows, columns, 0, 0, values, nullptr, nullptr, nullptr,
+            nullptr, 0};
   }
 
   rarefy_matrix integers(int bits, int64_t rows, int64_t columns, int64_t group) {
@@ -147,7 +161,7 @@ struct Model {
       halves.back()[i] = static_cast<uint16_t>((bits > 4 ? 0x1000 : 0x2400) + dice() % 0x400);
     }
     return {RAREFY_INT, bits, RAREFY_SCALE_F16, 1, rows, columns, group, per_row,
-            words.back().get(), halves.back().get(), nullptr, nullptr};
+            words.back().get(), halves.back().get(), nullptr, nullptr, nullptr, 0};
   }
 
   // Which kind a matrix has follows from its number.
@@ -241,16 +255,17 @@ int main() {
       for (int64_t group : {0, 1, 8, 16, 24, 32, 48, 64, 100}) {
         if (group > columns) continue;
         for (int variant = 0; variant < 4; ++variant) {
-          check_integers(bits, 1 + dice() % 13, columns, group, variant);
+          check_integers(bits, 1 + dice() % 13, columns, group, variant, dice() % 3 == 0);
         }
       }
     }
   }
-  for (int bits : {2, 3, 4, 8}) {  // groups of whole steps, and more of them than one register has
+  // Groups of whole steps and half steps, and more of them than one register has.
+  for (int bits : {2, 3, 4, 8}) {
     for (int64_t columns : {128, 576, 1024}) {
-      for (int64_t group : {0, 64, 128, 192}) {
-        for (int variant = 0; variant < 4; ++variant) {
-          check_integers(bits, 1 + dice() % 13, columns, group, variant);
+      for (int64_t group : {0, 32, 64, 96, 128, 192, 512}) {
+        for (int variant = 0; variant < 8; ++variant) {
+          check_integers(bits, 1 + dice() % 13, columns, group, variant % 4, variant > 3);
         }
       }
     }
@@ -268,7 +283,8 @@ int main() {
     std::mt19937 own(1);
     auto x = exactly<float>(512), y = exactly<float>(64), w = exactly<float>(512 * 64);
     for (int64_t i = 0; i < 512 * 64; ++i) w[i] = static_cast<float>(own() % 7);
-    const rarefy_matrix m{RAREFY_F32, 0, 0, 0, 64, 512, 0, 0, w.get(), nullptr, nullptr, nullptr};
+    const rarefy_matrix m{RAREFY_F32, 0, 0, 0, 64, 512, 0, 0, w.get(), nullptr, nullptr, nullptr,
+                          nullptr, 0};
     for (int i = 0; i < 300; ++i) rarefy_matvec(&m, x.get(), y.get(), 1, 1 + i % 3);
   });
   for (int i = 0; i < 60; ++i) check_dense(RAREFY_F32, 61, 513, 1);

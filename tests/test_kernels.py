@@ -19,7 +19,7 @@ from rarefy.errors import RarefyError
 from rarefy.formats.activation import IntActivation
 from rarefy.formats.integer import Int
 from rarefy.formats.packing import pack, unpack
-from rarefy.kernels import library, ops_dense, ops_int
+from rarefy.kernels import library, ops_dense, ops_int, reference
 from rarefy.runtime.packed import PackedEmbedding, PackedLinear, TiedHead
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def test_one_number_that_exceeds_the_others_costs_no_accuracy(
 
 @needs_library
 @levels
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", [32, 48, 64, 96, 128, 192, 256, 512])
 def test_rows_of_many_groups_of_any_number_of_steps(level: str, group: int, bits: int) -> None:
     fmt, columns = Int(bits, group), 35 * group + 40
@@ -360,6 +360,86 @@ def test_what_is_no_number_is_not_hidden(level: str, bad: float, bits: int) -> N
         plain = ops_int.int_linear(x, *arguments(fmt, tensors), bits, 0)
     for y in (found, groups, plain):
         assert torch.isfinite(y[0]).all() and not torch.isfinite(y[1]).any()
+
+
+# Zero points between codes, and scales in integers of each row's unit
+
+
+@st.composite
+def finer_cases(draw: st.DrawFn) -> tuple[int, int, bool, int, int, int, int]:
+    """Bits of codes and zero points, whether scales are integers, rows, columns, group, vectors."""
+    bits = draw(st.sampled_from((2, 3, 4, 4, 5, 8)))
+    zero_bits = draw(st.integers(bits, 8))
+    group = draw(st.sampled_from((0, 16, 32, 48, 64, 96, 128)))
+    columns = draw(st.sampled_from((64, 128, 320, 576)) | st.integers(1, 300))
+    rows, vectors = draw(st.integers(1, 40)), draw(st.just(1) | st.integers(1, 20))
+    return bits, zero_bits, draw(st.booleans()), rows, columns, min(group, columns), vectors
+
+
+@needs_library
+@levels
+@SETTINGS
+@given(case=finer_cases())
+def test_finer_zero_points_and_integer_scales(
+    level: str, case: tuple[int, int, bool, int, int, int, int]
+) -> None:
+    bits, zero_bits, integers, rows, columns, group, vectors = case
+    g = torch.Generator().manual_seed(rows + columns)
+    groups = -(-columns // group) if group else 1
+    codes = pack(torch.randint(1 << bits, (rows, columns), generator=g), bits)
+    zeros = pack(torch.randint(1 << zero_bits, (groups, rows), generator=g), zero_bits)
+    zeros, units = zeros.T.contiguous(), None
+    scales = torch.rand(rows, groups, generator=g).half()
+    if integers:
+        scales = torch.randint(256, (rows, groups), generator=g, dtype=torch.uint8)
+        units = torch.rand(rows, generator=g)
+    stored = (codes, scales, zeros)
+    W = reference.int_rows(*stored, bits, group, columns, None, zero_bits, units)
+    x, lib = inputs(vectors, columns), library.library()
+    matrix = ops_int.describe(*stored, bits, group, columns, zero_bits, units)
+    y, decoded, last = torch.empty(vectors, rows), torch.empty(rows, columns), torch.empty(columns)
+    at = (x.data_ptr(), y.data_ptr(), vectors)
+    expected = x.double() @ W.double().T
+    size = x.norm() * W.norm()  # a sum of few products may cancel
+    with limited(level):
+        library.check(lib.rarefy_decode(matrix, 0, rows, decoded.data_ptr(), 2))
+        ids = torch.tensor([rows - 1])
+        library.check(lib.rarefy_decode_rows(matrix, ids.data_ptr(), 1, last.data_ptr(), 1))
+        library.check(lib.rarefy_matvec(matrix, *at, 2))
+        assert (y - expected).norm() <= 2e-6 * size
+        if lib.rarefy_matmul(matrix, *at, 2) != library.UNSUPPORTED:
+            assert (y - expected).norm() <= 2e-6 * size
+        for per, together in (("token", 0), ("group", 64)):
+            rounded, scale = IntActivation(per=per).codes(x)
+            expected = (rounded.double() * scale.double()) @ W.double().T
+            given = (x.data_ptr(), None, together, y.data_ptr(), vectors)
+            library.check(lib.rarefy_matvec_int8(matrix, *given, 2))
+            assert (y - expected).norm() <= 2e-6 * size
+    assert torch.equal(decoded, W)
+    assert torch.equal(last, W[-1])
+
+
+@needs_library
+def test_the_reference_reads_finer_zero_points_by_hand() -> None:
+    codes = pack(torch.tensor([[0, 7, 15, 8]]), 4)
+    zeros = pack(torch.tensor([[0b01111000]]), 8)  # 7.5
+    stored = (codes, torch.tensor([[3]], dtype=torch.uint8), zeros)
+    more = (4, 0, 4, None, 8, torch.tensor([0.5]))
+    W = reference.int_rows(*stored, *more)
+    assert W.tolist() == [[-11.25, -0.75, 11.25, 0.75]]
+    x = torch.tensor([[1.0, 2.0, 4.0, -8.0]])
+    y = reference.int_linear(x, *stored, 4, 0, 8, torch.tensor([0.5]))
+    assert y.tolist() == [[-11.25 - 1.5 + 45 - 6]]
+
+
+@needs_library
+def test_what_no_kernel_reads_is_refused() -> None:
+    codes, scales = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.uint8)
+    zeros, y = torch.zeros(1, 1, dtype=torch.int32), torch.empty(2)
+    call, x = library.library().rarefy_matvec, torch.zeros(8)
+    for zero_bits, units in ((3, torch.ones(2)), (9, torch.ones(2)), (4, None)):
+        matrix = ops_int.describe(codes, scales, zeros, 4, 0, 8, zero_bits, units)
+        assert call(matrix, x.data_ptr(), y.data_ptr(), 1, 1) == library.UNSUPPORTED
 
 
 # Dense matrices
