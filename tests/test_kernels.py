@@ -187,6 +187,21 @@ def test_one_number_that_exceeds_the_others_costs_no_accuracy(
 
 @needs_library
 @levels
+@pytest.mark.parametrize(
+    "fmt", [Int(4, 64), Int(4, 32), Int(4, symmetric=True), Int(8, 128), Int(8, symmetric=True)]
+)
+def test_numbers_of_one_sign_do_not_cancel(level: str, fmt: Int) -> None:
+    # Sums of codes and numbers are some hundred times as large as those of weights and numbers.
+    W = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    tensors, x = fmt.fit(W).encode(W), 1 + inputs(1, 4096) / 10
+    expected = x.double() @ fmt.decode(tensors).double().T
+    with limited(level):
+        found = ops_int.cpu_int_linear(x, *arguments(fmt, tensors), fmt.bits, fmt.group or 0)
+    assert apart(found, expected) < 2e-6
+
+
+@needs_library
+@levels
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", [32, 48, 64, 96, 128, 192, 256, 512])
 def test_rows_of_many_groups_of_any_number_of_steps(level: str, group: int, bits: int) -> None:

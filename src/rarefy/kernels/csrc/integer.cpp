@@ -37,7 +37,7 @@ const SingleKernels& single_kernels() {
 }
 
 int64_t single_bytes(const rarefy_matrix& m) {
-  return 4 * (m.columns + round_up(groups_of(m), 16) + m.columns / kStep + 8);
+  return 5 * m.columns + 4 * (round_up(groups_of(m), 16) + m.columns / kStep + 8);
 }
 
 int64_t int_scratch(const rarefy_matrix& m) {

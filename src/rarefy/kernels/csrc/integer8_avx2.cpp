@@ -40,7 +40,7 @@ struct Eight {
 
 template <class Codes>
 struct Rounded : Codes, Eight {
-  static constexpr int octets = 64;
+  static constexpr int octets = 64, middle = 0;
   __m256i first, second;
 
   explicit Rounded(const void* x)
@@ -61,7 +61,7 @@ struct Rounded : Codes, Eight {
 };
 
 struct RoundedBytes : Eight {
-  static constexpr int bits = 8, bytes = 64, octets = 128;
+  static constexpr int bits = 8, bytes = 64, octets = 128, middle = 0;
   __m256i x[4];
 
   explicit RoundedBytes(const uint8_t* at)
@@ -149,9 +149,9 @@ bool bytes(const rarefy_matrix& m) { return m.bits == 8 && fits8<ByBytes>(m); }
 void arrange(const rarefy_matrix& m, const int8_t* c, int8_t* out, int32_t* sums, int64_t stride) {
   if (nibbles(m)) return arrange_nibbles(c, m.columns, 32, out, sums);
   if (bytes(m)) return arrange_wide(c, m.columns, reinterpret_cast<int16_t*>(out), sums);
-  if (suits<Rounded<Crumbs>>(m)) return arrange_steps<Crumbs>(c, m.columns, out);
-  if (suits<Rounded<Threes>>(m)) return arrange_steps<Threes>(c, m.columns, out);
-  if (suits<Rounded<Nibbles>>(m)) return arrange_steps<Nibbles>(c, m.columns, out);
+  if (whole_steps<Rounded<Crumbs>>(m)) return arrange_steps<Crumbs>(c, m.columns, out);
+  if (whole_steps<Rounded<Threes>>(m)) return arrange_steps<Threes>(c, m.columns, out);
+  if (whole_steps<Rounded<Nibbles>>(m)) return arrange_steps<Nibbles>(c, m.columns, out);
   int8_portable.arrange(m, c, out, sums, stride);
 }
 
@@ -159,7 +159,7 @@ void arrange(const rarefy_matrix& m, const int8_t* c, int8_t* out, int32_t* sums
 template <class Step>
 bool singly(const Int8Product& p, int64_t row0, int64_t row1, float* scratch) {
   const rarefy_matrix& m = *p.matrix;
-  if (!suits<Step>(m)) return false;
+  if (!whole_steps<Step>(m)) return false;
   const bool better = p.blocks != nullptr || (p.vectors == 1 && groups_of(m) > 1);
   if (!better && (nibbles(m) || bytes(m))) return false;
   for (int64_t t = 0; t < p.wanted; ++t) {

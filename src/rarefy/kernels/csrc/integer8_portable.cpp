@@ -22,17 +22,19 @@ void product(const Int8Product& p, int64_t row0, int64_t row1, float* scratch) {
   const int64_t groups = groups_of(m), group = groups > 1 ? m.group : m.columns;
   float* scale = scratch;
   float* zero = scratch + groups;
-  const int steps = zero_steps(m);  // that codes and zero points are counted in
+  const int steps = zero_steps(m), shift = __builtin_ctz(static_cast<unsigned>(steps));
   int16_t* less_zero = reinterpret_cast<int16_t*>(scratch + 2 * groups);
   for (int64_t row = row0; row < row1; ++row) {
     row_scales(m, row, scale);
     row_zeros(m, row, zero);
+    // Codes and zero points are counted in the finer steps of the latter.
     Stream stream(row_codes(m, row), m.bits);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t end = at_most(m.columns, (g + 1) * group);
       const int32_t less = static_cast<int32_t>(zero[g] * static_cast<float>(steps));
       for (int64_t j = g * group; j < end; ++j) {
-        less_zero[j] = static_cast<int16_t>(static_cast<int32_t>(stream.next()) * steps - less);
+        const int32_t code = static_cast<int32_t>(stream.next() << shift);
+        less_zero[j] = static_cast<int16_t>(code - less);
       }
       scale[g] /= static_cast<float>(steps);
     }

@@ -58,7 +58,7 @@ struct Pieces {
 
   Pieces(const rarefy_matrix& m, void* memory) {
     x = static_cast<uint8_t*>(memory);
-    sums = reinterpret_cast<float*>(x + 4 * m.columns);
+    sums = reinterpret_cast<float*>(x + 5 * m.columns);
     blocks = sums + round_up(groups_of(m), 16);
   }
 };
@@ -68,12 +68,15 @@ inline float& sum_of(const rarefy_matrix& m, const Pieces& to, int64_t column) {
   return to.sums[groups_of(m) > 1 ? column / m.group : 0];
 }
 
-// Step::fixed bits of a number are kept below its block's power of two.
+// Step::fixed bits of a number are kept below its block's power of two. Behind the limbs of a step are the
+// numbers that each lane of a sum begins with, so that its codes are less their middle.
 template <class Step>
 SingleProduct arrange_limbs(const rarefy_matrix& m, const float* x, void* memory) {
   const Pieces to(m, memory);
   const int32_t largest = peak(x, m.columns);
   const int top = above(largest);
+  const __m256i most = _mm256_set1_epi32((1 << Step::fixed) - 1);
+  const __m256i least = _mm256_sub_epi32(_mm256_setzero_si256(), most);
   std::memset(to.sums, 0, round_up(groups_of(m), 16) * sizeof(float));
   for (int64_t j = 0; j < m.columns; j += kStep) {
     alignas(32) int32_t counts[kStep], ordered[kStep];
@@ -83,7 +86,8 @@ SingleProduct arrange_limbs(const rarefy_matrix& m, const float* x, void* memory
     for (int64_t half = 0; half < kStep; half += kStep / 2) {
       __m256i sum = _mm256_setzero_si256();
       for (int64_t k = half; k < half + kStep / 2; k += 8) {
-        const __m256i some = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + j + k), inverse));
+        const __m256 exact = _mm256_mul_ps(_mm256_loadu_ps(x + j + k), inverse);
+        const __m256i some = _mm256_max_epi32(_mm256_min_epi32(_mm256_cvtps_epi32(exact), most), least);
         _mm256_store_si256(reinterpret_cast<__m256i*>(counts + k), some);
         sum = _mm256_add_epi32(sum, some);
       }
@@ -91,8 +95,15 @@ SingleProduct arrange_limbs(const rarefy_matrix& m, const float* x, void* memory
     }
     RAREFY_UNROLL
     for (int place = 0; place < kStep; ++place) ordered[place] = counts[Step::column(place)];
-    limbs_of(ordered, to.x + j / kStep * Step::octets);
-    limbs_of(ordered + 32, to.x + j / kStep * Step::octets + 32);
+    uint8_t* out = to.x + j / kStep * Step::octets;
+    limbs_of(ordered, out);
+    limbs_of(ordered + 32, out + 32);
+    int32_t start[Step::lanes] = {};
+    for (int place = 0; place < kStep; place += 4) {
+      const int32_t* four = ordered + place;
+      start[place / 4 % Step::lanes] -= Step::middle * (four[0] + four[1] + four[2] + four[3]);
+    }
+    std::memcpy(out + 3 * kStep, start, sizeof(start));
   }
   for (int64_t b = m.columns / kStep, end = b + 8; b < end; ++b) to.blocks[b] = 0.0f;
   return {&m, to.x, to.sums, to.blocks, scale_of(largest, top - Step::fixed), nullptr};

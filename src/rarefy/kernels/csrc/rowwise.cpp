@@ -52,7 +52,7 @@ float* room(Scratch& scratch, int64_t floats) {
 const float* RowWorker::arrange(const rarefy_matrix& matrix, const float* x) {
   const int64_t stride = round_up(matrix.columns, 64);
   const bool single = single_kernels().suits(matrix);
-  float* out = room(arranged_, single ? single_bytes(matrix) / 4 : stride);
+  float* out = room(arranged_, single ? ceil_div(single_bytes(matrix), 4) : stride);
   if (from_ == x && bits_ == matrix.bits && columns_ == matrix.columns && group_ == matrix.group &&
       zero_steps_ == zero_steps(matrix)) {
     return out;
@@ -79,6 +79,7 @@ int RowWorker::product(const rarefy_matrix& matrix, const float* x, float* y, in
       dense().product(matrix, x, y - row0, 1, row0, row1);
       return RAREFY_DONE;
     case RAREFY_INT: {
+      if (!sound(matrix)) return RAREFY_UNSUPPORTED;
       float* scratch = room(scratch_, int_scratch(matrix));
       const float* arranged = arrange(matrix, x);
       if (single_kernels().suits(matrix)) {

@@ -15,13 +15,19 @@ struct Eight {
 
 template <class Codes>
 struct Limbs : Codes, Eight {
-  static constexpr int octets = 3 * kStep, fixed = 22;
-  __m256i x[3][2];  // low, middle and high
+  static constexpr int lanes = 8, octets = 3 * kStep + 4 * lanes, fixed = 22;
+  static constexpr int middle = 1 << (Codes::bits - 1);
+  __m256i x[3][2], start;  // low, middle and high limbs, and what lanes begin with
 
   explicit Limbs(const uint8_t* at)
       : x{{whole(at), whole(at + 32)},
           {whole(at + 64), whole(at + 96)},
-          {whole(at + 128), whole(at + 160)}} {}
+          {whole(at + 128), whole(at + 160)}},
+        start(whole(at + 192)) {}
+
+  static SingleProduct arrange(const rarefy_matrix& m, const float* v, void* memory) {
+    return arrange_limbs<Limbs>(m, v, memory);
+  }
 
   template <int P>
   V add(const uint8_t* codes, const float* scale, V sum) const {
@@ -36,16 +42,39 @@ struct Limbs : Codes, Eight {
     const __m256i upper =
         _mm256_add_epi32(_mm256_madd_epi16(four[2], octet), _mm256_madd_epi16(four[1], one));
     const __m256i exact =
-        _mm256_add_epi32(_mm256_slli_epi32(upper, 8), _mm256_madd_epi16(four[0], one));
+        _mm256_add_epi32(_mm256_add_epi32(_mm256_slli_epi32(upper, 8), start),
+                         _mm256_madd_epi16(four[0], one));
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), Codes::template scales<P>(scale), sum);
   }
 };
 
 struct Floats : Eight {
-  static constexpr int bits = 8, bytes = 64, octets = 4 * kStep;
+  static constexpr int bits = 8, bytes = 64, octets = 5 * kStep, middle = 128;
   const float* x;
 
   explicit Floats(const uint8_t* at) : x(reinterpret_cast<const float*>(at)) {}
+
+  static SingleProduct arrange(const rarefy_matrix& m, const float* v, void* memory) {
+    const Pieces to(m, memory);
+    // Sums of codes times numbers close to the largest float would be none.
+    const int32_t largest = peak(v, m.columns);
+    const int top = above(largest);
+    const __m256 inverse = _mm256_set1_ps(power(256 - top));
+    std::memset(to.sums, 0, round_up(groups_of(m), 16) * sizeof(float));
+    for (int64_t j = 0; j < m.columns; j += kStep / 2) {
+      float* out = reinterpret_cast<float*>(to.x + j / kStep * octets);
+      const int64_t half = j % kStep;
+      __m256 sum = _mm256_setzero_ps();
+      for (int64_t k = 0; k < kStep / 2; k += 8) {
+        const __m256 some = _mm256_mul_ps(_mm256_loadu_ps(v + j + k), inverse);
+        _mm256_storeu_ps(out + half + k, some);
+        sum = _mm256_add_ps(sum, some);
+      }
+      _mm256_storeu_ps(out + kStep + half / 4, _mm256_mul_ps(sum, _mm256_set1_ps(-middle)));
+      sum_of(m, to, j) += horizontal(sum);
+    }
+    return {&m, to.x, to.sums, nullptr, scale_of(largest, top - 2), nullptr};
+  }
 
   __m256 eight(const uint8_t* codes, int j, __m256 sum) const {
     const __m128i some = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + j));
@@ -56,7 +85,7 @@ struct Floats : Eight {
   V add(const uint8_t* codes, const float* scale, V sum) const {
     __m256 half[2];
     for (int h = 0; h < 2; ++h) {
-      half[h] = _mm256_setzero_ps();
+      half[h] = _mm256_loadu_ps(x + kStep + 8 * h);
       for (int j = 32 * h; j < 32 * h + 32; j += 8) half[h] = eight(codes, j, half[h]);
     }
     if (P == 1) {
@@ -67,59 +96,9 @@ struct Floats : Eight {
   }
 };
 
-SingleProduct arrange_floats(const rarefy_matrix& m, const float* x, void* memory) {
-  const Pieces to(m, memory);
-  // Sums of codes times numbers close to the largest float would be none.
-  const int32_t largest = peak(x, m.columns);
-  const int top = above(largest);
-  const __m256 inverse = _mm256_set1_ps(power(256 - top));
-  float* out = reinterpret_cast<float*>(to.x);
-  std::memset(to.sums, 0, round_up(groups_of(m), 16) * sizeof(float));
-  for (int64_t j = 0; j < m.columns; j += kStep / 2) {
-    __m256 sum = _mm256_setzero_ps();
-    for (int64_t k = j; k < j + kStep / 2; k += 8) {
-      const __m256 some = _mm256_mul_ps(_mm256_loadu_ps(x + k), inverse);
-      _mm256_storeu_ps(out + k, some);
-      sum = _mm256_add_ps(sum, some);
-    }
-    sum_of(m, to, j) += horizontal(sum);
-  }
-  return {&m, to.x, to.sums, nullptr, scale_of(largest, top - 2), nullptr};
-}
-
-bool suits(const rarefy_matrix& m) {
-  return suits<Limbs<Crumbs>>(m) || suits<Limbs<Threes>>(m) || suits<Limbs<Nibbles>>(m) ||
-         suits<Floats>(m);
-}
-
-SingleProduct arrange(const rarefy_matrix& m, const float* x, void* memory) {
-  switch (m.bits) {
-    case 2:
-      return arrange_limbs<Limbs<Crumbs>>(m, x, memory);
-    case 3:
-      return arrange_limbs<Limbs<Threes>>(m, x, memory);
-    case 4:
-      return arrange_limbs<Limbs<Nibbles>>(m, x, memory);
-    default:
-      return arrange_floats(m, x, memory);
-  }
-}
-
-void product(const SingleProduct& p, int64_t row0, int64_t row1, float* scratch) {
-  switch (p.matrix->bits) {
-    case 2:
-      return product_of_single<Limbs<Crumbs>>(p, row0, row1, scratch);
-    case 3:
-      return product_of_single<Limbs<Threes>>(p, row0, row1, scratch);
-    case 4:
-      return product_of_single<Limbs<Nibbles>>(p, row0, row1, scratch);
-    default:
-      return product_of_single<Floats>(p, row0, row1, scratch);
-  }
-}
-
 }  // namespace
 
-extern const SingleKernels single_avx2 = {suits, arrange, product};
+extern const SingleKernels single_avx2 =
+    Widths<Limbs<Crumbs>, Limbs<Threes>, Limbs<Nibbles>, Floats>::table;
 
 }  // namespace rarefy

@@ -13,7 +13,7 @@ inline __m512 two_scales(const float* at, __m512i places) {
 }
 
 struct Crumbs {
-  static constexpr int bits = 2, bytes = 16, fixed = 22;
+  static constexpr int bits = 2, bytes = 16;
   static constexpr int column(int place) { return place % 16 * 4 + place / 16; }
 
   static __m512i split(const uint8_t* codes) {
@@ -28,7 +28,7 @@ struct Crumbs {
 // Eight pairs of codes are six bytes, which lie in the first words of a lane: two bytes that hold a
 // pair are shifted down, and the second of the pair up again.
 struct Threes {
-  static constexpr int bits = 3, bytes = 24, fixed = 22;
+  static constexpr int bits = 3, bytes = 24;
   static constexpr int column(int place) { return place; }
 
   static __m512i split(const uint8_t* codes) {
@@ -48,7 +48,7 @@ struct Threes {
 };
 
 struct Nibbles {
-  static constexpr int bits = 4, bytes = 32, fixed = 22;
+  static constexpr int bits = 4, bytes = 32;
   static constexpr int column(int place) { return place % 32 * 2 + place / 32; }
 
   static __m512i split(const uint8_t* codes) {
@@ -59,9 +59,9 @@ struct Nibbles {
   static __m512i places() { return _mm512_set_epi32(1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0); }
 };
 
-// Four products of 255 and 2^21 are just below 2^31.
+// Four products of 128 and less than 2^22 are below 2^31, and what they come from may go round.
 struct Bytes {
-  static constexpr int bits = 8, bytes = 64, fixed = 21;
+  static constexpr int bits = 8, bytes = 64;
   static constexpr int column(int place) { return place; }
 
   static __m512i split(const uint8_t* codes) { return _mm512_loadu_si512(codes); }
@@ -71,11 +71,17 @@ struct Bytes {
 template <class Codes>
 struct Limbs : Codes {
   using V = __m512;
-  static constexpr int octets = 3 * kStep;
-  __m512i x[3];  // low, middle and high
+  static constexpr int lanes = 16, octets = 3 * kStep + 4 * lanes, fixed = 22;
+  static constexpr int middle = 1 << (Codes::bits - 1);
+  __m512i x[3], start;  // low, middle and high limbs, and what lanes begin with
 
   explicit Limbs(const uint8_t* at)
-      : x{_mm512_loadu_si512(at), _mm512_loadu_si512(at + 64), _mm512_loadu_si512(at + 128)} {}
+      : x{_mm512_loadu_si512(at), _mm512_loadu_si512(at + 64), _mm512_loadu_si512(at + 128)},
+        start(_mm512_loadu_si512(at + 192)) {}
+
+  static SingleProduct arrange(const rarefy_matrix& m, const float* v, void* memory) {
+    return arrange_limbs<Limbs>(m, v, memory);
+  }
 
   static V begin(__m256 v) { return _mm512_zextps256_ps512(v); }
   static float total(V v) { return _mm512_reduce_add_ps(v); }
@@ -85,45 +91,16 @@ struct Limbs : Codes {
     const __m512i q = Codes::split(codes);
     __m512i exact = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x[2]);
     exact = _mm512_dpbusd_epi32(_mm512_slli_epi32(exact, 8), q, x[1]);
-    exact = _mm512_dpbusd_epi32(_mm512_slli_epi32(exact, 8), q, x[0]);
+    exact = _mm512_add_epi32(_mm512_slli_epi32(exact, 8), start);
+    exact = _mm512_dpbusd_epi32(exact, q, x[0]);
     const __m512 by = P == 1 ? _mm512_set1_ps(*scale) : two_scales(scale, Codes::places());
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), by, sum);
   }
 };
 
-bool suits(const rarefy_matrix& m) {
-  return suits<Limbs<Crumbs>>(m) || suits<Limbs<Threes>>(m) || suits<Limbs<Nibbles>>(m) ||
-         suits<Limbs<Bytes>>(m);
-}
-
-SingleProduct arrange(const rarefy_matrix& m, const float* x, void* memory) {
-  switch (m.bits) {
-    case 2:
-      return arrange_limbs<Limbs<Crumbs>>(m, x, memory);
-    case 3:
-      return arrange_limbs<Limbs<Threes>>(m, x, memory);
-    case 4:
-      return arrange_limbs<Limbs<Nibbles>>(m, x, memory);
-    default:
-      return arrange_limbs<Limbs<Bytes>>(m, x, memory);
-  }
-}
-
-void product(const SingleProduct& p, int64_t row0, int64_t row1, float* scratch) {
-  switch (p.matrix->bits) {
-    case 2:
-      return product_of_single<Limbs<Crumbs>>(p, row0, row1, scratch);
-    case 3:
-      return product_of_single<Limbs<Threes>>(p, row0, row1, scratch);
-    case 4:
-      return product_of_single<Limbs<Nibbles>>(p, row0, row1, scratch);
-    default:
-      return product_of_single<Limbs<Bytes>>(p, row0, row1, scratch);
-  }
-}
-
 }  // namespace
 
-extern const SingleKernels single_avx512 = {suits, arrange, product};
+extern const SingleKernels single_avx512 =
+    Widths<Limbs<Crumbs>, Limbs<Threes>, Limbs<Nibbles>, Limbs<Bytes>>::table;
 
 }  // namespace rarefy

@@ -2,6 +2,9 @@
 //
 //   bits, bytes    of a code, and of the codes of a step
 //   octets         bytes of the arranged vector that a step takes; it is made from their address
+//   arrange        lays the vector out, see SingleKernels
+//   middle         what is taken from every code before it is multiplied, or 0; zero points are the nearer to
+//                  it the less a sum of products of one sign cancels afterwards
 //   V              the register of a row's sums; `begin` makes it of eight, `total` adds it up
 //   add<P>(codes, scales, sum)   the sum and the step's products times their scale, or P = 2 scales of
 //                                32 columns each
@@ -31,7 +34,7 @@ inline int scales_of_step(const rarefy_matrix& m) {
 }
 
 template <class Step>
-bool suits(const rarefy_matrix& m) {
+bool whole_steps(const rarefy_matrix& m) {
   return m.bits == Step::bits && m.columns % kStep == 0 &&
          (groups_of(m) == 1 || m.group % (kStep / 2) == 0);
 }
@@ -98,11 +101,11 @@ class Single {
     const int32_t* zeros = zeros_ == nullptr ? nullptr : zeros_ + at / 32 * groups_;
     const bool joined = shift + zero_bits_ > 32;  // from two words, which 3 bits may
     const __m256i mask = _mm256_set1_epi32((1 << zero_bits_) - 1);
-    const __m256 unit = _mm256_set1_ps(zero_unit_);
+    const __m256 unit = _mm256_set1_ps(zero_unit_), middle = _mm256_set1_ps(Step::middle);
     __m256 less = _mm256_setzero_ps();
     for (int64_t g = 0; g < groups_; g += 8) {
       const bool all = groups_ - g >= 8;
-      __m256 s = scales(row, g), zero = _mm256_set1_ps(1 << (Step::bits - 1));
+      __m256 s = scales(row, g), zero = _mm256_set1_ps((1 << (Step::bits - 1)) - Step::middle);
       if (!all) s = _mm256_and_ps(s, _mm256_castsi256_ps(last_));
       if (zeros != nullptr) {
         __m256i codes = _mm256_srl_epi32(words(zeros + g, all), count(shift));
@@ -110,7 +113,7 @@ class Single {
           const __m256i rest = words(zeros + groups_ + g, all);
           codes = _mm256_or_si256(codes, _mm256_sll_epi32(rest, count(32 - shift)));
         }
-        zero = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_and_si256(codes, mask)), unit);
+        zero = _mm256_fmsub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(codes, mask)), unit, middle);
       }
       less = _mm256_fnmadd_ps(_mm256_mul_ps(s, zero), _mm256_loadu_ps(p_.sums + g), less);
       if (each_ == 1) {
@@ -183,6 +186,43 @@ void product_of_single(const SingleProduct& p, int64_t row0, int64_t row1, float
   if (scales_of_step(*p.matrix) == 1) return Single<Step, 1>(p).part(row0, row1, scratch);
   Single<Step, 2>(p).part(row0, row1, scratch);
 }
+
+// The kernels of a level, from its step for each width of codes.
+template <class Two, class Three, class Four, class Bytes>
+struct Widths {
+  static bool suits(const rarefy_matrix& m) {
+    return whole_steps<Two>(m) || whole_steps<Three>(m) || whole_steps<Four>(m) ||
+           whole_steps<Bytes>(m);
+  }
+
+  static SingleProduct arrange(const rarefy_matrix& m, const float* x, void* memory) {
+    switch (m.bits) {
+      case 2:
+        return Two::arrange(m, x, memory);
+      case 3:
+        return Three::arrange(m, x, memory);
+      case 4:
+        return Four::arrange(m, x, memory);
+      default:
+        return Bytes::arrange(m, x, memory);
+    }
+  }
+
+  static void product(const SingleProduct& p, int64_t row0, int64_t row1, float* scratch) {
+    switch (p.matrix->bits) {
+      case 2:
+        return product_of_single<Two>(p, row0, row1, scratch);
+      case 3:
+        return product_of_single<Three>(p, row0, row1, scratch);
+      case 4:
+        return product_of_single<Four>(p, row0, row1, scratch);
+      default:
+        return product_of_single<Bytes>(p, row0, row1, scratch);
+    }
+  }
+
+  static constexpr SingleKernels table = {suits, arrange, product};
+};
 
 }  // namespace
 }  // namespace rarefy
