@@ -7,6 +7,8 @@
 namespace rarefy {
 namespace {
 
+constexpr int kFixed = 22;  // bits of a number, below its block's power of two
+
 // Bits of the largest magnitude; NaN's are larger than those of any number.
 inline int32_t peak(const float* x, int64_t count) {
   __m256i most = _mm256_setzero_si256();
@@ -68,26 +70,27 @@ inline float& sum_of(const rarefy_matrix& m, const Pieces& to, int64_t column) {
   return to.sums[groups_of(m) > 1 ? column / m.group : 0];
 }
 
-// Step::fixed bits of a number are kept below its block's power of two. Behind the limbs of a step are the
-// numbers that each lane of a sum begins with, so that its codes are less their middle.
+// Behind the limbs of a step are the numbers that each lane of a sum begins with, so that its codes are less
+// their middle.
 template <class Step>
 SingleProduct arrange_limbs(const rarefy_matrix& m, const float* x, void* memory) {
   const Pieces to(m, memory);
   const int32_t largest = peak(x, m.columns);
   const int top = above(largest);
-  const __m256i most = _mm256_set1_epi32((1 << Step::fixed) - 1);
+  const __m256i most = _mm256_set1_epi32((1 << kFixed) - 1);
   const __m256i least = _mm256_sub_epi32(_mm256_setzero_si256(), most);
   std::memset(to.sums, 0, round_up(groups_of(m), 16) * sizeof(float));
   for (int64_t j = 0; j < m.columns; j += kStep) {
     alignas(32) int32_t counts[kStep], ordered[kStep];
     const int own = above(peak(x + j, kStep));
-    const __m256 inverse = _mm256_set1_ps(power(254 + Step::fixed - own));
+    const __m256 inverse = _mm256_set1_ps(power(254 + kFixed - own));
     const float unit = to.blocks[j / kStep] = power(127 + own - top);
     for (int64_t half = 0; half < kStep; half += kStep / 2) {
       __m256i sum = _mm256_setzero_si256();
       for (int64_t k = half; k < half + kStep / 2; k += 8) {
         const __m256 exact = _mm256_mul_ps(_mm256_loadu_ps(x + j + k), inverse);
-        const __m256i some = _mm256_max_epi32(_mm256_min_epi32(_mm256_cvtps_epi32(exact), most), least);
+        const __m256i near = _mm256_min_epi32(_mm256_cvtps_epi32(exact), most);
+        const __m256i some = _mm256_max_epi32(near, least);
         _mm256_store_si256(reinterpret_cast<__m256i*>(counts + k), some);
         sum = _mm256_add_epi32(sum, some);
       }
@@ -106,7 +109,7 @@ SingleProduct arrange_limbs(const rarefy_matrix& m, const float* x, void* memory
     std::memcpy(out + 3 * kStep, start, sizeof(start));
   }
   for (int64_t b = m.columns / kStep, end = b + 8; b < end; ++b) to.blocks[b] = 0.0f;
-  return {&m, to.x, to.sums, to.blocks, scale_of(largest, top - Step::fixed), nullptr};
+  return {&m, to.x, to.sums, to.blocks, scale_of(largest, top - kFixed), nullptr};
 }
 
 }  // namespace

@@ -5,8 +5,8 @@
 //   y[i] = s_x sum_b s[i, b] u_b (sum_{j in b} q[i, j] c[j])  -  s_x sum_g s[i, g] z[i, g] S_g
 //
 // c are integers in units of s_x u_b, each of three signed octets ("limbs"): 22 bits and a sign, below a
-// power of two above the largest number of its 64 columns. S_g are their sums over a group. Both q and z are
-// less the middle code where that is free of charge: else inputs of one sign would cancel at the end.
+// power of two above the largest number of its 64 columns. S_g are their sums over a group. Both q and z
+// are less the middle code: else two large sums would cancel at the end where inputs have one sign.
 #pragma once
 
 #include <cstdint>

@@ -15,7 +15,7 @@ struct Eight {
 
 template <class Codes>
 struct Limbs : Codes, Eight {
-  static constexpr int lanes = 8, octets = 3 * kStep + 4 * lanes, fixed = 22;
+  static constexpr int lanes = 8, octets = 3 * kStep + 4 * lanes;
   static constexpr int middle = 1 << (Codes::bits - 1);
   __m256i x[3][2], start;  // low, middle and high limbs, and what lanes begin with
 

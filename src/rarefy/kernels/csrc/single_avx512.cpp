@@ -71,7 +71,7 @@ struct Bytes {
 template <class Codes>
 struct Limbs : Codes {
   using V = __m512;
-  static constexpr int lanes = 16, octets = 3 * kStep + 4 * lanes, fixed = 22;
+  static constexpr int lanes = 16, octets = 3 * kStep + 4 * lanes;
   static constexpr int middle = 1 << (Codes::bits - 1);
   __m512i x[3], start;  // low, middle and high limbs, and what lanes begin with
 

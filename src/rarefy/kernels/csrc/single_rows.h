@@ -3,8 +3,7 @@
 //   bits, bytes    of a code, and of the codes of a step
 //   octets         bytes of the arranged vector that a step takes; it is made from their address
 //   arrange        lays the vector out, see SingleKernels
-//   middle         what is taken from every code before it is multiplied, or 0; zero points are the nearer to
-//                  it the less a sum of products of one sign cancels afterwards
+//   middle         what is taken from every code in the sum itself; the rest of its zero point follows
 //   V              the register of a row's sums; `begin` makes it of eight, `total` adds it up
 //   add<P>(codes, scales, sum)   the sum and the step's products times their scale, or P = 2 scales of
 //                                32 columns each
