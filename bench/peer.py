@@ -126,12 +126,13 @@ def ours(source: Path, recipe: str, work: Path, options: argparse.Namespace) -> 
 
 
 def quality(folder: Path, source: Path, windows: tuple[int, int]) -> dict[str, Any]:
-    """Distances to the dense model on held-out text."""
+    """Distances to the dense model on held-out text, and bits as stored (16 where dense)."""
     done = rarefy.evaluate(
         folder, source, text="wiki", sequences=windows[0], length=windows[1], speed=False
-    ).report()["quality"]
+    ).report()
     names = ("kl_mean", "perplexity", "perplexity_dense", "agreement")
-    return {name: done[name] for name in names}
+    bits = {"bits_linear": done["footprint"]["bits_linear"]}
+    return {name: done["quality"][name] for name in names} | bits
 
 
 def floor(source: Path, shape: tuple[int, int]) -> dict[str, float]:

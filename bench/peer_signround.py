@@ -98,7 +98,7 @@ def turns(
         return lambda: ours(source, recipe, work, options)
 
     found = {} if options.skip_peer else {peer_name(AUTO_ROUND, method): theirs}
-    for recipe in (our_name(bits), f"best-int{bits}-g64"):
+    for recipe in (our_name(bits), f"best-int{bits}"):
         if recipe.partition("@")[0] in presets():
             found[recipe] = own(recipe)
         else:
@@ -124,10 +124,14 @@ def judge(rows: Runs, sha256: str) -> list[Criterion]:
             share = own["seconds"] / theirs["seconds"]
             name = f"int{bits}: time over the peer's"
             criteria.append(Criterion(name, share, f"<= {LIMIT}", share <= LIMIT))
-        if composed := rows.get(f"best-int{bits}-g64"):
+        if composed := rows.get(f"best-int{bits}"):
             value = composed["kl_mean"]["value"]
-            name = f"best-int{bits}-g64: KL to dense"
+            name = f"best-int{bits}: KL to dense"
             criteria.append(Criterion(name, value, f"<= {goal}", value <= goal, goal=True))
+            if own:  # whose format is the peer's; the peer's own file is dense
+                value, limit = composed["bits_linear"], own["bits_linear"]
+                name = f"best-int{bits}: bits a weight of the linears"
+                criteria.append(Criterion(name, value, f"<= {limit:.4f}", value <= limit))
     given = {row["tokens_sha256"] for row in rows.values() if "tokens_sha256" in row}
     same = given <= {sha256}
     criteria.append(Criterion("same tokens on both sides", same, "same hash", same))

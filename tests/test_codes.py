@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rarefy.formats.bilevel import Bilevel
 from rarefy.formats.integer import Int
 from rarefy.formats.nf4 import NF4
 from rarefy.tuners.base import MatrixView
@@ -14,6 +15,7 @@ from rarefy.tuners.codes import Codes
 
 ROWS, COLUMNS = 24, 40
 FORMATS = [Int(3, group=16), Int(4), Int(2, group=24), Int(4, group=16, symmetric=True)]
+EVERY = [*FORMATS, Bilevel(3, group=16), Bilevel(4, group=8, scale_bits=3, zero_bits=6)]
 
 
 def drawn(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -31,17 +33,17 @@ def stored(adapter: Any) -> dict[str, torch.Tensor]:
     return dict(outcome.grid.encode(outcome.weight))
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_at_rest_nothing_changes(fmt: Int) -> None:
+@pytest.mark.parametrize("fmt", EVERY)
+def test_at_rest_nothing_changes(fmt: Any) -> None:
     given = view(fmt)
     found = stored(Codes().adapt(given))
     assert given.packed is not None
     assert all(torch.equal(found[name], value) for name, value in given.packed.items())
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_gradients(fmt: Int) -> None:
-    """Of a position: the scale; of a scale's share: the group's sum of codes times the scale."""
+@pytest.mark.parametrize("fmt", EVERY)
+def test_gradients(fmt: Any) -> None:
+    """Of a position: a code's width; of a scale's share: the sum of what the scale multiplies."""
     given = view(fmt)
     assert given.grid is not None
     tuner = Codes()
@@ -49,18 +51,18 @@ def test_gradients(fmt: Int) -> None:
     dW = drawn(ROWS, COLUMNS, seed=2)
     (adapter.matrix() * dW).sum().backward()
     scales = given.grid.scales
-    spread = given.grid.spread(scales, COLUMNS)
+    spread = given.grid.spread(scales * given.grid.pitch, COLUMNS)
     assert torch.allclose(adapter.moved.grad, dW * spread * tuner.travel, rtol=1e-5)
     units = given.grid.units(given.weight)
-    size = fmt.group or COLUMNS
-    for number, first in enumerate(range(0, COLUMNS, size)):
-        span = slice(first, first + size)
-        expected = (dW[:, span] * units[:, span]).sum(1) * scales[:, number]
+    for number in range(scales.shape[1]):
+        one = torch.zeros_like(scales)
+        one[:, number] = 1
+        expected = (dW * units * given.grid.spread(one, COLUMNS)).sum(1) * scales[:, number]
         assert torch.allclose(adapter.share.grad[:, number], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_codes_stay_on_the_grid_and_scales_above_zero(fmt: Int) -> None:
+@pytest.mark.parametrize("fmt", EVERY)
+def test_codes_stay_on_the_grid_and_scales_above_zero(fmt: Any) -> None:
     given = view(fmt)
     assert given.grid is not None
     adapter: Any = Codes().adapt(given)

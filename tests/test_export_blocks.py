@@ -14,6 +14,7 @@ from gguf.quants import dequantize, quantize
 from rarefy.export import blocks, kquants
 from rarefy.export.gguf import encode
 from rarefy.export.regrid import exact_blocks, exact_type
+from rarefy.formats.bilevel import Bilevel
 from rarefy.formats.ggml import TYPES, Ggml
 from rarefy.formats.integer import Int
 from rarefy.rules.blocks import Levels, affine, symmetric, weights_of
@@ -199,14 +200,25 @@ def test_integers_keep_their_codes(fmt: Int, name: str) -> None:
     assert torch.equal(decoded(octets, name), fmt.decode(packed))
 
 
-@pytest.mark.parametrize(("bits", "name"), [(4, "q4_1"), (5, "q5_1")])
-def test_zero_points_become_minima_within_float16(bits: int, name: str) -> None:
-    W, fmt = weights(5, 192), Int(bits, group=64)
+@pytest.mark.parametrize(
+    ("fmt", "name"),
+    [
+        (Int(4, group=64), "q4_1"),
+        (Int(5, group=64), "q5_1"),
+        (Bilevel(3), "q4_1"),
+        (Bilevel(4, 64, scale_bits=3, zero_bits=6), "q4_1"),
+        (Bilevel(5), "q5_1"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.label(),
+)
+def test_zero_points_become_minima_within_float16(fmt: Int | Bilevel, name: str) -> None:
+    W = weights(5, 192)
     packed = fmt.fit(W).encode(W)
     assert exact_type(fmt, 192, packed) == name
     octets, moved = exact_blocks(fmt, packed)
     assert 0 < moved < 0.02
-    steps = fmt.stored_grid(packed).scale.repeat_interleave(64, 1)
+    assert fmt.group is not None
+    steps = fmt.stored_grid(packed).scale.repeat_interleave(fmt.group, 1)
     apart = (decoded(octets, name) - fmt.decode(packed)).abs() / steps
     assert float(apart.max()) < moved + 0.01
 

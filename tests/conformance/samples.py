@@ -13,6 +13,7 @@ import pytest
 
 from rarefy.formats.base import FORMATS
 from rarefy.formats.bcq import BCQ
+from rarefy.formats.bilevel import Bilevel
 from rarefy.formats.floating import Float
 from rarefy.formats.ggml import TYPES, Ggml
 from rarefy.formats.integer import Int
@@ -45,6 +46,13 @@ FORMAT_SAMPLES: dict[str, list[Any]] = {
         Int(8, **_BF16),
         Int(8, symmetric=True, **_BF16),
     ],
+    "bilevel": [
+        *(Bilevel(bits, group=16, zero_bits=min(8, bits + 2)) for bits in range(2, 9)),
+        Bilevel(4, group=7, scale_bits=3, zero_bits=6),
+        Bilevel(3, group=40, zero_bits=3, rule="minmax"),
+        Bilevel(2, group=64, scale_bits=2, zero_bits=5, **_BF16),
+        Bilevel(8, group=1, scale_bits=6, zero_bits=8),
+    ],
     "ggml": [Ggml(name) for name in TYPES],
     "nf4": [NF4(), NF4(double_quantization=False)],
     "bcq": [
@@ -70,6 +78,7 @@ FORMAT_SAMPLES: dict[str, list[Any]] = {
         Sparse(kept=2, of=4, values=Int(4, group=16)),
         Sparse(kept=1, of=4, values=Int(3, group=24, rule="mse", **_BF16)),
         Sparse(kept=3, of=7, values=Float("bfloat16")),
+        Sparse(0.4, values=Bilevel(4, group=16)),
         Sparse(0.5, values=BCQ(3, group=16, rule="uniform")),
     ],
     "low-rank": [LowRank(0.9), LowRank(0.8, dtype="bfloat16"), LowRank(rank=2, dtype="float32")],

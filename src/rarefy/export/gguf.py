@@ -203,7 +203,7 @@ class _Work:
         """Say what was kept and what was rounded."""
         kept = sum(slot.keeps for slot in self.slots)
         if kept:
-            exact = f"; float16 moved minima by up to {self.moved:.1e} of a step"
+            exact = f"; float16 moved values by up to {self.moved:.1e} of a step"
             self.order.say(
                 f"{kept} matrices keep their codes" + (exact if self.moved else ", exactly")
             )

@@ -69,7 +69,7 @@ class Grid(ABC):
 
     @property
     def scales(self) -> torch.Tensor:
-        """The scale of every group, float [m, G]."""
+        """The stored scales, one for every group, float [m, G], or for every row, [m, 1]."""
         raise NotImplementedError(f"{type(self).__name__} has no scales")
 
     def units(self, weight: torch.Tensor) -> torch.Tensor:
@@ -77,8 +77,13 @@ class Grid(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no scales")
 
     def spread(self, scales: torch.Tensor, columns: int) -> torch.Tensor:
-        """The scale of each column, [m, columns], from one for each group, [m, G]."""
+        """One number for each column, [m, columns], from those of scales or of groups."""
         raise NotImplementedError(f"{type(self).__name__} has no scales")
+
+    @property
+    def pitch(self) -> torch.Tensor:
+        """``units`` from one code of a group to the next, [m, G]."""
+        return torch.ones_like(self.scales)
 
     def rescaled(self, scales: torch.Tensor) -> Self:
         """The same codes under other scales [m, G], which are rounded to their stored type."""
@@ -105,7 +110,7 @@ class Grid(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no ranges")
 
     def limits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The least and the largest ``units`` of every group, [m, G] each."""
+        """The least and the largest code of every group, less its zero point, [m, G] each."""
         raise NotImplementedError(f"{type(self).__name__} has no ranges")
 
 

@@ -12,6 +12,7 @@ reader that multiplies in 16 bits rounds once more, to its own type.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
     from rarefy.rules.ranges import Range
 
-_TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-_STORED = {"float16": "F16", "bfloat16": "BF16"}
+TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+STORED = {"float16": "F16", "bfloat16": "BF16"}
 _RULES = ("minmax", "mse")
 _LARGE = 1 << 21  # elements above which a matrix is rounded in strips
 
@@ -91,7 +92,7 @@ class IntGrid(ElementGrid):
 
     def parameters(self) -> Packed:
         """Scales and, unless symmetric, zero points."""
-        tensors = {"weight_scale": self.scale.to(_TORCH[self.form.scale_dtype])}
+        tensors = {"weight_scale": self.scale.to(TORCH[self.form.scale_dtype])}
         if not self.form.symmetric:
             zeros = pack(self.zero.T.to(torch.int64), self.form.bits).T
             tensors["weight_zero_point"] = zeros.contiguous()
@@ -117,7 +118,7 @@ class IntGrid(ElementGrid):
 
     def rescaled(self, scales: torch.Tensor) -> Self:
         """Other scales under the same codes and zero points; see :meth:`Grid.rescaled`."""
-        stored = scales.to(_TORCH[self.form.scale_dtype]).to(scales.dtype)
+        stored = scales.to(TORCH[self.form.scale_dtype]).to(scales.dtype)
         return replace(self, scale=stored)
 
     @property
@@ -131,7 +132,7 @@ class IntGrid(ElementGrid):
     def adjusted(self, low: torch.Tensor, high: torch.Tensor) -> Self:
         """Other ranges; a symmetric grid follows ``high`` alone. See :meth:`Grid.adjusted`."""
         lo, hi = self._ends
-        stored = _TORCH[self.form.scale_dtype]
+        stored = TORCH[self.form.scale_dtype]
         # Of a 16-bit scale no less than its smallest normal number may be left to divide by,
         # unless the matrix was that small before.
         least = self.scale.clamp(max=torch.finfo(stored).tiny)
@@ -175,40 +176,23 @@ class IntGrid(ElementGrid):
         return cls(scale, torch.cat([grid.zero for grid in grids], 1), grids[0].form)
 
 
-@FORMATS.register("int", family="quantization")
-@dataclass(frozen=True)
-class Int(ElementFormat):
-    """Integer codes with a scale (and a zero point) per row or group of columns.
+class Grouped(ElementFormat):
+    """Integer codes in groups of columns; subclasses say how scales and zero points are stored.
 
     Attributes:
-        bits: 2 to 8.
+        bits: of a code.
         group: columns a group, or None for one group a row; the last group may be shorter.
+        scale_dtype: of the stored scales, "float16" or "bfloat16".
         symmetric: no stored zero point.
-        rule: "minmax", or "mse" to search for the range of least error.
-        scale_dtype: "float16" or "bfloat16"; see :meth:`for_dtype`.
-
-    Raises:
-        ValueError: a field outside these values.
     """
 
     bits: int
-    group: int | None = None
+    group: int | None
+    scale_dtype: str
     symmetric: bool = False
-    rule: str = "minmax"
-    scale_dtype: str = "float16"
 
     scaled = True
     learnable = True
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must lie in 2..8, and {self.bits} does not")
-        if self.group is not None and self.group < 1:
-            raise ValueError(f"group must be at least 1, or null for whole rows, not {self.group}")
-        if self.rule not in _RULES:
-            raise ValueError(f"rule must be one of {', '.join(_RULES)}, not {self.rule!r}")
-        if self.scale_dtype not in _TORCH:
-            raise ValueError(f"scale_dtype must be one of {', '.join(_TORCH)}")
 
     @property
     def levels(self) -> int:
@@ -224,6 +208,12 @@ class Int(ElementFormat):
         """Number of groups of a row of that many columns."""
         return -(-columns // self.group) if self.group else 1
 
+    def grouped(self, matrix: torch.Tensor) -> torch.Tensor:
+        """[m, n] as [m, G, g], the last group filled up with zeros."""
+        count = self.groups(matrix.shape[1])
+        pad = count * (self.group or matrix.shape[1]) - matrix.shape[1]
+        return torch.nn.functional.pad(matrix, (0, pad)).reshape(matrix.shape[0], count, -1)
+
     def misfit(self, rows: int, columns: int) -> str:
         """A group may not be larger than a row."""
         if self.group is None or self.group <= columns:
@@ -233,61 +223,9 @@ class Int(ElementFormat):
             f"at most {columns}, or null for one group a row"
         )
 
-    def with_bits(self, bits: int) -> Self:
-        """See :meth:`Format.with_bits`."""
-        return replace(self, bits=bits)
-
-    def fit(
-        self,
-        weight: torch.Tensor,
-        importance: torch.Tensor | None = None,
-        support: torch.Tensor | None = None,
-    ) -> IntGrid:
-        """Choose each group's range by the rule; see :meth:`Format.fit`."""
-        importance = column_weights(importance)
-        pieces = [self._range(weight[rows], importance) for rows in strips(*weight.shape)]
-        lo, hi = (torch.cat(ends) for ends in zip(*pieces, strict=True))
-        return self._grid((lo, hi))
-
-    def _range(self, weight: torch.Tensor, importance: torch.Tensor | None) -> Range:
-        """The rule's range of every group of some rows."""
-        n = weight.shape[1]
-        count = self.groups(n)
-        # Padding with zeros changes no range and costs no error: zero is always on the grid.
-        pad = count * (self.group or n) - n
-        groups = torch.nn.functional.pad(weight, (0, pad)).reshape(weight.shape[0], count, -1)
-        if self.rule == "minmax":
-            return ranges.minmax(groups)
-        if importance is not None:
-            importance = torch.nn.functional.pad(importance, (0, pad)).reshape(count, -1)
-        return ranges.mse(groups, self._quantize, importance)
-
-    def _grid(self, span: Range) -> IntGrid:
-        lo, hi = span
-        if self.symmetric:
-            reach = torch.maximum(-lo, hi)
-            lo, hi = -reach, reach
-        stored = _TORCH[self.scale_dtype]
-        scale = ((hi - lo) / self.levels).to(stored).to(lo.dtype)
-        if not bool(torch.isfinite(scale).all()):
-            raise RarefyError(
-                f"weights up to {float(hi.max()):.3g} need a scale beyond {self.scale_dtype}; "
-                "convert the checkpoint to bfloat16, or keep this matrix"
-            )
-        empty = scale == 0
-        scale = torch.where(empty, torch.ones_like(scale), scale)
-        if self.symmetric:
-            zero = torch.full_like(scale, 1 << (self.bits - 1))
-        else:
-            zero = torch.where(empty, torch.zeros_like(lo), -lo / scale)
-            zero = zero.round_().clamp_(0, self.levels)
-        return IntGrid(scale, zero, self)
-
-    def _quantize(self, groups: torch.Tensor, span: Range) -> torch.Tensor:
-        grid = self._grid(span)
-        scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
-        codes = (groups / scale).round_().add_(zero).clamp_(0, self.levels)
-        return codes.sub_(zero).mul_(scale)
+    @abstractmethod
+    def stored_grid(self, packed: Mapping[str, torch.Tensor]) -> IntGrid:
+        """Scales and zero points as they are stored."""
 
     def decode(
         self, packed: Mapping[str, torch.Tensor], rows: slice | torch.Tensor | None = None
@@ -310,23 +248,9 @@ class Int(ElementFormat):
         wanted = slice(None) if rows is None else rows
         grid = self.stored_grid(parameters)
         scale, zero = grid.scale[wanted], grid.zero[wanted]
-        groups = codes.float()
-        pad = self.groups(columns) * (self.group or columns) - columns
-        if pad:
-            groups = torch.nn.functional.pad(groups, (0, pad))
-        groups = groups.reshape(*scale.shape, -1)
+        groups = self.grouped(codes.float())
         groups.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
         return groups.reshape(scale.shape[0], -1)[:, :columns]
-
-    def stored_grid(self, packed: Mapping[str, torch.Tensor]) -> IntGrid:
-        """Scales and zero points as they are stored."""
-        scale = packed["weight_scale"].float()
-        rows = int(packed["weight_shape"][0])
-        zero = torch.full_like(scale, 1 << (self.bits - 1))
-        if not self.symmetric:
-            words = packed["weight_zero_point"].T.contiguous()
-            zero = unpack(words, self.bits, rows).T.float()
-        return IntGrid(scale, zero, self)
 
     def store(self, codes: torch.Tensor) -> torch.Tensor:
         """int32 words of the bit stream."""
@@ -340,21 +264,117 @@ class Int(ElementFormat):
         """Words of the bit stream."""
         return (words_per_row(count, self.bits),), "I32"
 
-    def parameter_layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Scales and, unless symmetric, zero points."""
-        count = self.groups(columns)
-        tensors: dict[str, tuple[tuple[int, ...], str]] = {
-            "weight_scale": ((rows, count), _STORED[self.scale_dtype]),
-        }
-        if not self.symmetric:
-            tensors["weight_zero_point"] = ((words_per_row(rows, self.bits), count), "I32")
-        return tensors
-
     def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Stored tensors; see :meth:`Format.layout`."""
         packed = ((rows, words_per_row(columns, self.bits)), "I32")
         parameters = self.parameter_layout(rows, columns)
         return {"weight_packed": packed} | parameters | {"weight_shape": ((2,), "I64")}
+
+
+@FORMATS.register("int", family="quantization")
+@dataclass(frozen=True)
+class Int(Grouped):
+    """Integer codes with a scale (and a zero point) per row or group of columns.
+
+    Attributes:
+        bits: 2 to 8.
+        group: columns a group, or None for one group a row; the last group may be shorter.
+        symmetric: no stored zero point.
+        rule: "minmax", or "mse" to search for the range of least error.
+        scale_dtype: "float16" or "bfloat16"; see :meth:`for_dtype`.
+
+    Raises:
+        ValueError: a field outside these values.
+    """
+
+    bits: int
+    group: int | None = None
+    symmetric: bool = False
+    rule: str = "minmax"
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must lie in 2..8, and {self.bits} does not")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group must be at least 1, or null for whole rows, not {self.group}")
+        if self.rule not in _RULES:
+            raise ValueError(f"rule must be one of {', '.join(_RULES)}, not {self.rule!r}")
+        if self.scale_dtype not in TORCH:
+            raise ValueError(f"scale_dtype must be one of {', '.join(TORCH)}")
+
+    def with_bits(self, bits: int) -> Self:
+        """See :meth:`Format.with_bits`."""
+        return replace(self, bits=bits)
+
+    def fit(
+        self,
+        weight: torch.Tensor,
+        importance: torch.Tensor | None = None,
+        support: torch.Tensor | None = None,
+    ) -> IntGrid:
+        """Choose each group's range by the rule; see :meth:`Format.fit`."""
+        importance = column_weights(importance)
+        pieces = [self._range(weight[rows], importance) for rows in strips(*weight.shape)]
+        lo, hi = (torch.cat(ends) for ends in zip(*pieces, strict=True))
+        return self._grid((lo, hi))
+
+    def _range(self, weight: torch.Tensor, importance: torch.Tensor | None) -> Range:
+        """The rule's range of every group of some rows."""
+        # Padding with zeros changes no range and costs no error: zero is always on the grid.
+        groups = self.grouped(weight)
+        if self.rule == "minmax":
+            return ranges.minmax(groups)
+        if importance is not None:
+            importance = self.grouped(importance.unsqueeze(0))[0]
+        return ranges.mse(groups, self._quantize, importance)
+
+    def _grid(self, span: Range) -> IntGrid:
+        lo, hi = span
+        if self.symmetric:
+            reach = torch.maximum(-lo, hi)
+            lo, hi = -reach, reach
+        stored = TORCH[self.scale_dtype]
+        scale = ((hi - lo) / self.levels).to(stored).to(lo.dtype)
+        if not bool(torch.isfinite(scale).all()):
+            raise RarefyError(
+                f"weights up to {float(hi.max()):.3g} need a scale beyond {self.scale_dtype}; "
+                "convert the checkpoint to bfloat16, or keep this matrix"
+            )
+        empty = scale == 0
+        scale = torch.where(empty, torch.ones_like(scale), scale)
+        if self.symmetric:
+            zero = torch.full_like(scale, 1 << (self.bits - 1))
+        else:
+            zero = torch.where(empty, torch.zeros_like(lo), -lo / scale)
+            zero = zero.round_().clamp_(0, self.levels)
+        return IntGrid(scale, zero, self)
+
+    def _quantize(self, groups: torch.Tensor, span: Range) -> torch.Tensor:
+        grid = self._grid(span)
+        scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
+        codes = (groups / scale).round_().add_(zero).clamp_(0, self.levels)
+        return codes.sub_(zero).mul_(scale)
+
+    def stored_grid(self, packed: Mapping[str, torch.Tensor]) -> IntGrid:
+        """Scales and zero points as they are stored."""
+        scale = packed["weight_scale"].float()
+        rows = int(packed["weight_shape"][0])
+        zero = torch.full_like(scale, 1 << (self.bits - 1))
+        if not self.symmetric:
+            words = packed["weight_zero_point"].T.contiguous()
+            zero = unpack(words, self.bits, rows).T.float()
+        return IntGrid(scale, zero, self)
+
+    def parameter_layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Scales and, unless symmetric, zero points."""
+        count = self.groups(columns)
+        tensors: dict[str, tuple[tuple[int, ...], str]] = {
+            "weight_scale": ((rows, count), STORED[self.scale_dtype]),
+        }
+        if not self.symmetric:
+            tensors["weight_zero_point"] = ((words_per_row(rows, self.bits), count), "I32")
+        return tensors
 
     def for_dtype(self, dtype: str) -> Self:
         """Scales in bfloat16 in a bfloat16 checkpoint, in float16 in any other."""

@@ -1,6 +1,6 @@
 """Rounding to a grid with gradients: straight-through estimation, in closed form.
 
-    u = w / s + v,   c = clip(round(u) + z, 0, L),   w' = s (c - z)
+    u = w / s + v,   c = clip(round(u + z), 0, L),   w' = s (c - z)
 
 with ``s = (H - Lo) / L`` and ``z = round(-Lo / s)`` from the ends ``Lo = low lo``, ``H = high hi``
 of each group's range. Every ``round`` has derivative one, ``clip`` its own (0 outside), hence
@@ -90,7 +90,8 @@ class _SoftRound(torch.autograd.Function):
         codes = w / scale
         if offset is not None:
             codes.add_(_grouped(offset, ranges))
-        codes.round_().add_(zero)
+        whole = zero.floor()
+        codes.add_(zero - whole).round_().add_(whole)
         units = codes.clamp(0, ranges.levels)
         inside = codes == units
         units.sub_(zero)

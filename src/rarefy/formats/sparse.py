@@ -113,6 +113,15 @@ class SparseGrid(Grid):
         """As the values do."""
         return self.inner.spread(scales, columns)
 
+    @property
+    def pitch(self) -> torch.Tensor:
+        """That of the values."""
+        return self.inner.pitch
+
+    def limits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the values."""
+        return self.inner.limits()
+
     def rescaled(self, scales: torch.Tensor) -> Self:
         """The values under other scales."""
         return replace(self, inner=self.inner.rescaled(scales))

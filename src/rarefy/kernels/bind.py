@@ -7,12 +7,13 @@ modules of ``runtime/packed.py`` ask it and know no format.
 from __future__ import annotations
 
 from functools import singledispatch
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard
 
 import torch
 
 from rarefy.formats.activation import IntActivation
 from rarefy.formats.bcq import BCQ
+from rarefy.formats.bilevel import Bilevel
 from rarefy.formats.integer import Int
 from rarefy.formats.llm_int8 import LLMInt8
 from rarefy.formats.sparse import Sparse
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from rarefy.formats.activation import Activation
     from rarefy.formats.base import Format
+    from rarefy.formats.integer import Grouped
 
 
 class Kernel(Protocol):
@@ -52,6 +54,16 @@ class Kernel(Protocol):
         self, ids: torch.Tensor, packed: Mapping[str, torch.Tensor], columns: int
     ) -> torch.Tensor:
         """Rows of W [m, columns] by number, float32 [..., columns] for ids [...]."""
+
+
+class Stored(NamedTuple):
+    """The tensors of grouped integers, as operators take them; see :mod:`ops_int`."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    zero_bits: int = 0
+    units: torch.Tensor | None = None
 
 
 @singledispatch
@@ -91,26 +103,37 @@ class IntKernel:
         fmt: the format.
     """
 
-    def __init__(self, fmt: Int) -> None:
+    def __init__(self, fmt: Grouped) -> None:
         self.bits = fmt.bits
         self.group = fmt.group or 0
         self.name = f"int{fmt.bits} x fp32"
+
+    def stored(self, packed: Mapping[str, torch.Tensor]) -> Stored:
+        """The arguments of operators."""
+        zero = packed.get("weight_zero_point")
+        return Stored(packed["weight_packed"], packed["weight_scale"], zero)
 
     def product(
         self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], scale: torch.Tensor | None
     ) -> torch.Tensor:
         """See :meth:`Kernel.product`."""
-        stored = _tensors(packed)
-        found: torch.Tensor = ops_int.int_linear(x, *stored, self.bits, self.group)
+        it = self.stored(packed)
+        found: torch.Tensor = ops_int.int_linear(x, *it[:3], self.bits, self.group, *it[3:])
         return found
 
     def rows(
         self, ids: torch.Tensor, packed: Mapping[str, torch.Tensor], columns: int
     ) -> torch.Tensor:
         """See :meth:`Kernel.rows`."""
-        stored = _tensors(packed)
-        found: torch.Tensor = ops_int.int_rows(ids, *stored, self.bits, self.group, columns)
+        it = self.stored(packed)
+        shape = (self.bits, self.group, columns)
+        found: torch.Tensor = ops_int.int_rows(ids, *it[:3], *shape, *it[3:])
         return found
+
+    def matrix(self, packed: Mapping[str, torch.Tensor], columns: int) -> library.Matrix:
+        """The C descriptor of stored tensors, which also borrows from this kernel."""
+        it = self.stored(packed)
+        return ops_int.describe(*it[:3], self.bits, self.group, columns, *it[3:])
 
 
 class Int8Kernel(IntKernel):
@@ -153,22 +176,64 @@ class Int8Kernel(IntKernel):
     ) -> torch.Tensor:
         if self.rounding.per == "tensor" and scale is None:
             scale = self.rounding.scale(x.abs().reshape(-1))
-        group = self.rounding.group if self.rounding.per == "group" else 0
-        return operator(x, *_tensors(packed), scale, self.bits, self.group, group)
+        together = self.rounding.group if self.rounding.per == "group" else 0
+        it = self.stored(packed)
+        return operator(x, *it[:3], scale, self.bits, self.group, together, *it[3:])
+
+
+class Opened:
+    """What kernels of bilevel integers have in common: scale codes as bytes, beside the units.
+
+    Args:
+        fmt: the format.
+    """
+
+    def __init__(self, fmt: Bilevel, *more: IntActivation) -> None:
+        super().__init__(fmt, *more)  # type: ignore[call-arg]
+        self.fmt = fmt
+        # A stored tensor, and what was made of it.
+        self._known: tuple[torch.Tensor, Stored] | None = None
+
+    def stored(self, packed: Mapping[str, torch.Tensor]) -> Stored:
+        """The arguments of operators, made once for a matrix."""
+        codes = packed["weight_scale_code"]
+        if self._known is None or self._known[0] is not codes:
+            scales, units = self.fmt.opened(packed)
+            zero = packed["weight_zero_point"]
+            found = Stored(packed["weight_packed"], scales, zero, self.fmt.zero_bits, units)
+            self._known = codes, found
+        return self._known[1]
+
+
+class BilevelKernel(Opened, IntKernel):
+    """Bilevel integers times float32; see :class:`IntKernel`."""
+
+
+class Bilevel8Kernel(Opened, Int8Kernel):
+    """Bilevel integers times activations rounded to int8; see :class:`Int8Kernel`."""
 
 
 @kernel_for.register(Int)
 def _(fmt: Int, rounding: Activation | None = None) -> Kernel | None:
     if rounding is None:
         return IntKernel(fmt) if library.available() or ops_cuda.available() else None
-    if not library.available():
-        return None
     if isinstance(rounding, LLMInt8):
-        return MixedKernel(fmt, rounding)
-    if isinstance(rounding, IntActivation) and rounding.bits == 8:
-        there = rounding.per != "group" or rounding.group == ops_int.INPUT_GROUP
-        return Int8Kernel(fmt, rounding) if there else None
-    return None
+        return MixedKernel(fmt, rounding) if library.available() else None
+    return Int8Kernel(fmt, rounding) if _rounds_to_int8(rounding) else None
+
+
+@kernel_for.register(Bilevel)
+def _(fmt: Bilevel, rounding: Activation | None = None) -> Kernel | None:
+    if rounding is None:
+        return BilevelKernel(fmt) if library.available() else None
+    return Bilevel8Kernel(fmt, rounding) if _rounds_to_int8(rounding) else None
+
+
+def _rounds_to_int8(rounding: Activation) -> TypeGuard[IntActivation]:
+    """Whether there are products of integers with activations rounded so."""
+    if not (library.available() and isinstance(rounding, IntActivation) and rounding.bits == 8):
+        return False
+    return rounding.per != "group" or rounding.group == ops_int.INPUT_GROUP
 
 
 @kernel_for.register(BCQ)
@@ -180,9 +245,3 @@ def _(fmt: BCQ, rounding: Activation | None = None) -> Kernel | None:
 def _(fmt: Sparse, rounding: Activation | None = None) -> Kernel | None:
     found = rounding is None and supports(fmt) and library.available()
     return SparseKernel(fmt) if found else None
-
-
-def _tensors(
-    packed: Mapping[str, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    return packed["weight_packed"], packed["weight_scale"], packed.get("weight_zero_point")

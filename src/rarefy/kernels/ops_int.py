@@ -37,21 +37,25 @@ def int_linear(
     zeros: torch.Tensor | None,
     bits: int,
     group: int,
+    zero_bits: int = 0,
+    units: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x W^T`` with the weights that decoding gives.
 
     Args:
         x: [..., n].
         codes: int32 [m, words].
-        scales: float16 or bfloat16 [m, G].
+        scales: float16 or bfloat16 [m, G]; uint8 where there are units.
         zeros: int32 [words(m), G]; None when symmetric.
         bits: 2 to 8.
         group: columns a group, or 0.
+        zero_bits: of a zero point, 0 for ``bits``; see :func:`reference.int_rows`.
+        units: float32 [m] that multiply the rows' scales, or None.
 
     Returns:
         [..., m] in x's type.
     """
-    return reference.int_linear(x, codes, scales, zeros, bits, group)
+    return reference.int_linear(x, codes, scales, zeros, bits, group, zero_bits, units)
 
 
 @torch.library.custom_op("rarefy::int8_linear", mutates_args=())
@@ -64,15 +68,18 @@ def int8_linear(
     bits: int,
     group: int,
     input_group: int = 0,
+    zero_bits: int = 0,
+    units: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x W^T`` with x rounded to int8 and integer sums; see :func:`reference.int8_linear`.
 
     Args:
-        x, codes, scales, zeros, bits, group: see :func:`int_linear`.
+        x, codes, scales, zeros, bits, group, zero_bits, units: see :func:`int_linear`.
         input_scale: [1], one scale for all of x; None for scales of their own.
         input_group: channels of a token that share one, or 0 for all.
     """
-    return reference.int8_linear(x, codes, scales, zeros, input_scale, bits, group, input_group)
+    more = (input_group, zero_bits, units)
+    return reference.int8_linear(x, codes, scales, zeros, input_scale, bits, group, *more)
 
 
 @torch.library.custom_op("rarefy::int_rows", mutates_args=())
@@ -84,24 +91,29 @@ def int_rows(
     bits: int,
     group: int,
     columns: int,
+    zero_bits: int = 0,
+    units: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rows by number, float32 [..., n] for ids [...]; other arguments as in :func:`int_linear`."""
     unique, where = torch.unique(ids, return_inverse=True)
-    return reference.int_rows(codes, scales, zeros, bits, group, columns, unique)[where]
+    more = (unique, zero_bits, units)
+    return reference.int_rows(codes, scales, zeros, bits, group, columns, *more)[where]
 
 
 @int_linear.register_fake
-def _(x, codes, scales, zeros, bits, group):  # type: ignore[no-untyped-def]
+def _(x, codes, scales, zeros, bits, group, zero_bits=0, units=None):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 @int8_linear.register_fake
-def _(x, codes, scales, zeros, input_scale, bits, group, input_group=0):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, codes, scales, zeros, input_scale, bits, group, input_group=0, zero_bits=0, units=None
+):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 @int_rows.register_fake
-def _(ids, codes, scales, zeros, bits, group, columns):  # type: ignore[no-untyped-def]
+def _(ids, codes, scales, zeros, bits, group, columns, zero_bits=0, units=None):  # type: ignore[no-untyped-def]
     return scales.new_empty((*ids.shape, columns), dtype=torch.float32)
 
 
@@ -113,13 +125,15 @@ def cpu_int_linear(
     zeros: torch.Tensor | None,
     bits: int,
     group: int,
+    zero_bits: int = 0,
+    units: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`int_linear` by the library; without the cost of an operator where nothing traces."""
     if not (library.available() and x.dtype is torch.float32):
-        return reference.int_linear(x, codes, scales, zeros, bits, group)
+        return reference.int_linear(x, codes, scales, zeros, bits, group, zero_bits, units)
     columns, rows = x.shape[-1], codes.shape[0]
     flat = x.reshape(-1, columns).contiguous()
-    matrix = describe(codes, scales, zeros, bits, group, columns)
+    matrix = describe(codes, scales, zeros, bits, group, columns, zero_bits, units)
     y = x.new_empty((*x.shape[:-1], rows))
     if flat.shape[0] > FEW:
         multiply_many(matrix, flat, y.view(-1, rows))
@@ -139,14 +153,17 @@ def cpu_int8_linear(
     bits: int,
     group: int,
     input_group: int = 0,
+    zero_bits: int = 0,
+    units: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`int8_linear` by the library."""
     native = library.available() and input_group in (0, INPUT_GROUP)
     if not (native and x.dtype is torch.float32):
-        return reference.int8_linear(x, codes, scales, zeros, input_scale, bits, group, input_group)
+        more = (input_group, zero_bits, units)
+        return reference.int8_linear(x, codes, scales, zeros, input_scale, bits, group, *more)
     columns, rows = x.shape[-1], codes.shape[0]
     flat = x.reshape(-1, columns).contiguous()
-    matrix = describe(codes, scales, zeros, bits, group, columns)
+    matrix = describe(codes, scales, zeros, bits, group, columns, zero_bits, units)
     y = x.new_empty((*x.shape[:-1], rows))
     given = None if input_scale is None else input_scale.data_ptr()
     threads, call = torch.get_num_threads(), library.library().rarefy_matvec_int8
@@ -164,14 +181,17 @@ def cpu_int_rows(
     bits: int,
     group: int,
     columns: int,
+    zero_bits: int = 0,
+    units: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`int_rows` by the library."""
     if not library.available():
         unique, where = torch.unique(ids, return_inverse=True)
-        return reference.int_rows(codes, scales, zeros, bits, group, columns, unique)[where]
+        more = (unique, zero_bits, units)
+        return reference.int_rows(codes, scales, zeros, bits, group, columns, *more)[where]
     wanted = ids.reshape(-1).long().contiguous()
     out = torch.empty((*ids.shape, columns))
-    matrix = describe(codes, scales, zeros, bits, group, columns)
+    matrix = describe(codes, scales, zeros, bits, group, columns, zero_bits, units)
     call, threads = library.library().rarefy_decode_rows, torch.get_num_threads()
     library.check(call(matrix, wanted.data_ptr(), wanted.numel(), out.data_ptr(), threads))
     return out

@@ -11,14 +11,12 @@ from torch import nn
 
 from rarefy.errors import RarefyError
 from rarefy.formats.activation import IntActivation
-from rarefy.formats.integer import Int
 from rarefy.formats.llm_int8 import LLMInt8
 from rarefy.kernels import library
 from rarefy.kernels.bind import Int8Kernel, kernel_for
 from rarefy.kernels.call import multiply
 from rarefy.kernels.library import Matrix
 from rarefy.kernels.mixed import MixedKernel
-from rarefy.kernels.ops_int import describe
 from rarefy.runtime.factored import Factored
 from rarefy.runtime.packed import PackedLinear, PackedMatrix, RoundsInputs, TiedHead
 
@@ -238,10 +236,6 @@ class _Kept:
         tensors = holder.tensors()
         for tensor in tensors.values():
             self._held(tensor)
-        if isinstance(fmt, Int):
-            zeros = tensors.get("weight_zero_point")
-            stored = (tensors["weight_packed"], tensors["weight_scale"], zeros)
-            return describe(*stored, fmt.bits, fmt.group or 0, columns)
         kernel = kernel_for(fmt)
         if kernel is None or not hasattr(kernel, "matrix"):
             raise RarefyError(f"the native decoder has no kernel for {fmt.label()}")

@@ -9,7 +9,7 @@ is the better one. Gradients pass through the rounding as in LLM-QAT (Liu et al.
 2305.17888); first block by block, then only what is stored, is the order of EfficientQAT (Chen et
 al., 2024, arXiv 2407.11062).
 
-    u   position of a weight in units of its scale, [out, in]; its code is the nearest integer
+    u   position of a weight in codes, [out, in]; its code is the nearest
     d   change of a scale as a share of it, [out, G]
     lo, hi   least and largest code of a group, less its zero point
 
@@ -31,7 +31,6 @@ from torch import nn
 
 from rarefy.tuners.adapters import Recomputed, Training, straight_through
 from rarefy.tuners.base import TUNERS, Adapter, MatrixView, Outcome
-from rarefy.tuners.scales import units_of
 
 if TYPE_CHECKING:
     from rarefy.formats.base import Grid
@@ -84,6 +83,7 @@ class _Codes(Recomputed):
     begin: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
+    pitch: torch.Tensor
 
     def __init__(self, matrix: MatrixView, grid: Grid, tuner: Codes) -> None:
         super().__init__()
@@ -93,7 +93,10 @@ class _Codes(Recomputed):
         self.register_buffer("start", grid.scales.detach())
         self.register_buffer("low", low)
         self.register_buffer("high", high)
-        self.register_buffer("begin", units_of(matrix, grid))
+        self.register_buffer("pitch", grid.pitch)
+        self.register_buffer(
+            "begin", grid.units(matrix.weight.detach()) / grid.spread(grid.pitch, self.columns)
+        )
         self.moved = nn.Parameter(torch.zeros_like(self.begin), requires_grad=self.travel > 0)
         self.share = nn.Parameter(torch.zeros_like(self.start))
 
@@ -102,13 +105,17 @@ class _Codes(Recomputed):
 
     def _units(self, position: torch.Tensor) -> torch.Tensor:
         low, high = (self.grid.spread(end, self.columns) for end in (self.low, self.high))
-        return torch.clamp(position.round(), low, high)
+        units = torch.clamp(low + (position - low).round(), low, high)
+        return units if self.grid.support is None else units * self.grid.support
+
+    def _times(self, units: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return units * self.grid.spread(scales * self.pitch, self.columns)
 
     def matrix(self) -> torch.Tensor:
         """See :meth:`Adapter.matrix`."""
         position = self._position()
         units = straight_through(position, self._units(position.detach()))
-        return units * self.grid.spread(self.start * (1 + self.share), self.columns)
+        return self._times(units, self.start * (1 + self.share))
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -124,4 +131,4 @@ class _Codes(Recomputed):
     def finish(self) -> Outcome:
         """Codes and scales, in the form that is stored."""
         grid = self.grid.rescaled(self.start * (1 + self.share))
-        return Outcome(self._units(self._position()) * grid.spread(grid.scales, self.columns), grid)
+        return Outcome(self._times(self._units(self._position()), grid.scales), grid)

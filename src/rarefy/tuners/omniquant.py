@@ -142,7 +142,7 @@ class OmniQuantTuning(BlockTuning):
         self.s: dict[str, torch.Tensor] = {}
         self._symmetric = {path: _symmetric(m.grid) for path, m in block.matrices.items()}
         for path, start in block.matrices.items() if tuner.lwc else ():
-            logits = torch.full_like(start.grid.scales, tuner.init)
+            logits = torch.full_like(start.grid.pitch, tuner.init)
             self.gamma[path] = logits.clone().requires_grad_()
             if not self._symmetric[path]:
                 self.beta[path] = logits.requires_grad_()
@@ -218,7 +218,7 @@ class OmniQuantTuning(BlockTuning):
 
     def _factors(self, path: str, W: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of the grid's lower and upper ends, [m, G]."""
-        ones = torch.ones_like(grid.scales)
+        ones = torch.ones_like(grid.pitch)
         low = self.beta[path].sigmoid() if path in self.beta else ones
         high = self.gamma[path].sigmoid() if path in self.gamma else ones
         if W.requires_grad:
@@ -261,7 +261,7 @@ def _divided(
 
 def _extremes(W: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Least and largest weight of each group, or zero where it has but one sign; [m, G]."""
-    count, columns = grid.scales.shape[1], W.shape[1]
+    count, columns = grid.pitch.shape[1], W.shape[1]
     numbers = torch.arange(count, dtype=W.dtype, device=W.device)
     width = int((grid.spread(numbers[None], columns) == 0).sum())
     groups = pad(W, (0, count * width - columns)).reshape(-1, count, width)
@@ -276,5 +276,6 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
 
 def _symmetric(grid: Grid) -> bool:
     """Whether the lower factor is without effect."""
-    ones = torch.ones_like(grid.scales)
-    return torch.equal(grid.adjusted(ones / 2, ones).scales, grid.adjusted(ones, ones).scales)
+    ones = torch.ones_like(grid.pitch)
+    half, whole = grid.adjusted(ones / 2, ones), grid.adjusted(ones, ones)
+    return torch.equal(half.scales, whole.scales) and torch.equal(half.pitch, whole.pitch)

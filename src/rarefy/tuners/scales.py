@@ -67,8 +67,10 @@ class _Scales(Recomputed):
     def __init__(self, matrix: MatrixView, grid: Grid, relative: bool) -> None:
         super().__init__()
         self.grid, self.relative = grid, relative
-        # Eight bits and a sign at most; kept small, because this is most of the memory.
-        self.register_buffer("units", units_of(matrix, grid).to(torch.int16))
+        units = grid.units(matrix.weight.detach())
+        # Mostly eight bits and a sign; kept small, because this is most of the memory.
+        small = units.to(torch.int16)
+        self.register_buffer("units", small if torch.equal(small.float(), units) else units)
         self.register_buffer("start", grid.scales.detach())
         self.moving = nn.Parameter(torch.zeros_like(self.start) if relative else self.start.clone())
 
@@ -95,14 +97,3 @@ class _Scales(Recomputed):
     def finish(self) -> Outcome:
         grid = self.grid.rescaled(self.scales())
         return Outcome(self._times(grid.scales), grid)
-
-
-def units_of(matrix: MatrixView, grid: Grid) -> torch.Tensor:
-    """What the codes stand for, [out, in]: what is decoded if all scales are one.
-
-    Eight-bit codes cannot always be told from decoded values, which may be stored in eight bits.
-    """
-    if matrix.packed is None:
-        return grid.units(matrix.weight.detach())
-    ones = {"weight_scale": torch.ones_like(matrix.packed["weight_scale"])}
-    return grid.form.decode(matrix.packed | ones)

@@ -41,7 +41,7 @@ class _Matrix:
     def __init__(self, start: Start, learn_range: bool) -> None:
         self.W, self.grid = start.weight, start.grid
         self.v = torch.zeros_like(self.W, requires_grad=True)
-        ends = torch.ones_like(start.grid.scales)
+        ends = torch.ones_like(start.grid.pitch)
         self.beta = ends.clone().requires_grad_(learn_range)
         self.alpha = ends.clone().requires_grad_(learn_range)
 

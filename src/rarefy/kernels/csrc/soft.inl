@@ -2,6 +2,8 @@
 //
 // Plain loops that the compiler turns into vectors; -fopenmp-simd lets it reorder the sums.
 
+#include <cmath>
+
 #include "convert.h"
 #include "soft.h"
 
@@ -19,13 +21,18 @@ inline float within(float x, float low, float high) {
   return up > high ? high : up;
 }
 
+// What a zero point has behind its binary point; it is the negative of the least position.
+inline float behind_point(float low) { return std::ceil(low) - low; }
+
 template <bool kOffset>
 inline void group_values(const float* w, const float* v, float* out, int64_t count, float scale,
                          float low, float high) {
+  const float part = behind_point(low);
+  low += part, high += part;
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) {
     const float u = kOffset ? w[k] / scale + v[k] : w[k] / scale;
-    out[k] = within(nearest(u), low, high) * scale;
+    out[k] = (within(nearest(u + part), low, high) - part) * scale;
   }
 }
 
@@ -33,12 +40,14 @@ template <bool kOffset>
 inline void group_back(const float* w, const float* v, const float* g, float* out, int64_t count,
                        float scale, float low, float high, float* sums) {
   float units = 0, weights = 0, through = 0, all = 0;
+  const float part = behind_point(low);
+  low += part, high += part;
 #pragma omp simd reduction(+ : units, weights, through, all)
   for (int64_t k = 0; k < count; ++k) {
-    const float u = nearest(kOffset ? w[k] / scale + v[k] : w[k] / scale);
+    const float u = nearest((kOffset ? w[k] / scale + v[k] : w[k] / scale) + part);
     const float c = within(u, low, high);
     const float t = u == c ? g[k] : 0.0f;
-    units += g[k] * c;
+    units += g[k] * (c - part);
     weights += t * w[k];
     through += t;
     all += g[k];
