@@ -98,10 +98,7 @@ class _Scales(Recomputed):
 
 
 def units_of(matrix: MatrixView, grid: Grid) -> torch.Tensor:
-    """What the codes stand for, [out, in]: what is decoded if all scales are one.
-
-    Eight-bit codes cannot always be told from decoded values, which may be stored in eight bits.
-    """
+    """What the codes stand for, [out, in]: what is decoded if all scales are one."""
     if matrix.packed is None:
         return grid.units(matrix.weight.detach())
     ones = {"weight_scale": torch.ones_like(matrix.packed["weight_scale"])}
