@@ -19,10 +19,13 @@ constexpr int64_t kAtOnce = 256;       // vectors that are arranged together
 constexpr int64_t kColumns = 1 << 16;  // 255 * 128 * this still fits 32 bits
 
 // AVX-512 has loops of its own for 4 and 8 bits and zero points among the codes, and none where columns of
-// a vector have scales of their own: there 64 of them are one step of AVX2, and half a step of AVX-512.
-const Int8Kernels& kernels(const rarefy_matrix& m, int64_t input_group) {
+// a vector have scales of their own: there 64 of them are one step of AVX2, and half a step of AVX-512. One
+// vector and small groups of 4 bits are those steps, too: a step costs less than its share of a wide one.
+const Int8Kernels& kernels(const rarefy_matrix& m, int64_t input_group, int64_t vectors) {
 #if defined(RAREFY_X86)
-  const bool wide = (m.bits == 4 || m.bits == 8) && input_group == 0 && zero_steps(m) == 1;
+  const bool steps = vectors == 1 && groups_of(m) > 1 && m.group % (kInputGroup / 2) == 0;
+  const bool fits = m.bits == 8 || (m.bits == 4 && !steps);
+  const bool wide = fits && input_group == 0 && zero_steps(m) == 1;
   return pick(&int8_portable, &int8_avx2, wide ? &int8_avx512 : &int8_avx2);
 #else
   return pick<Int8Kernels>(&int8_portable, nullptr, nullptr);
@@ -166,7 +169,7 @@ int matvec_int8(const rarefy_matrix& m, const float* x, const float* input_scale
                 int64_t input_group, float* y, int64_t vectors, Pool& pool, int threads) {
   if (!sound8(m, input_scale, input_group)) return RAREFY_UNSUPPORTED;
   static thread_local Scratch memory;
-  const Int8Kernels& k = kernels(m, input_group);
+  const Int8Kernels& k = kernels(m, input_group, vectors);
   threads = std::max(1, threads);
   const int64_t most = round_up(std::min(vectors, kAtOnce), kTogether);
   const Layout at(m, most, threads);
@@ -192,7 +195,7 @@ int matvec_int8(const rarefy_matrix& m, const float* x, const float* input_scale
 int Rounded::product(const rarefy_matrix& m, const float* x, const float* input_scale,
                      int64_t input_group, float* y, int64_t row0, int64_t row1) {
   if (!sound8(m, input_scale, input_group)) return RAREFY_UNSUPPORTED;
-  const Int8Kernels& k = kernels(m, input_group);
+  const Int8Kernels& k = kernels(m, input_group, 1);
   const Layout at(m, kTogether, 1);
   const Prepared ready(at, memory_.take(at.end), input_group);
   if (from_ != x || given_ != input_scale || bits_ != m.bits || columns_ != m.columns ||

@@ -40,7 +40,8 @@ struct Eight {
 
 template <class Codes>
 struct Rounded : Codes, Eight {
-  static constexpr int octets = 64, middle = 0;
+  using Wide = Rounded;
+  static constexpr int steps = 1, octets = 64, middle = 0;
   __m256i first, second;
 
   explicit Rounded(const void* x)
@@ -61,7 +62,8 @@ struct Rounded : Codes, Eight {
 };
 
 struct RoundedBytes : Eight {
-  static constexpr int bits = 8, bytes = 64, octets = 128, middle = 0;
+  using Wide = RoundedBytes;
+  static constexpr int steps = 1, bits = 8, bytes = 64, octets = 128, middle = 0;
   __m256i x[4];
 
   explicit RoundedBytes(const uint8_t* at)

@@ -32,8 +32,9 @@ inline float scale_of(int32_t largest, int biased) {
   return largest < 0x7F800000 ? power(biased) : bits_as<float>(0x7FC00000);
 }
 
-// 32 counts as 32 bytes of each limb: (c ^ m) + m has each octet's borrow in the next.
-inline void limbs_of(const int32_t* counts, uint8_t* out) {
+// 32 counts as 32 bytes of each limb, `apart` from one limb to the next: (c ^ m) + m has each octet's
+// borrow in the next.
+inline void limbs_of(const int32_t* counts, uint8_t* out, int64_t apart) {
   const __m256i bias = _mm256_set1_epi32(0x808080);
   const __m256i by_limb = _mm256_broadcastsi128_si256(
       _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
@@ -49,7 +50,7 @@ inline void limbs_of(const int32_t* counts, uint8_t* out) {
   const __m256i natural = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
   for (int i = 0; i < 3; ++i) {
     const __m256i sorted = _mm256_permutevar8x32_epi32(limb[i], natural);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * kStep), sorted);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * apart), sorted);
   }
 }
 
@@ -70,8 +71,23 @@ inline float& sum_of(const rarefy_matrix& m, const Pieces& to, int64_t column) {
   return to.sums[groups_of(m) > 1 ? column / m.group : 0];
 }
 
-// Behind the limbs of a step are the numbers that each lane of a sum begins with, so that its codes are less
-// their middle.
+// Counts of a step's columns as limbs; behind them are the numbers that each lane of a sum begins with, so
+// that its codes are less their middle.
+template <class Step>
+void lay_step(const int32_t* counts, uint8_t* out) {
+  alignas(32) int32_t ordered[kStep];
+  RAREFY_UNROLL
+  for (int place = 0; place < kStep; ++place) ordered[place] = counts[Step::column(place)];
+  limbs_of(ordered, out, kStep);
+  limbs_of(ordered + 32, out + 32, kStep);
+  int32_t start[Step::lanes] = {};
+  for (int place = 0; place < kStep; place += 4) {
+    const int32_t* four = ordered + place;
+    start[place / 4 % Step::lanes] -= Step::middle * (four[0] + four[1] + four[2] + four[3]);
+  }
+  std::memcpy(out + 3 * kStep, start, sizeof(start));
+}
+
 template <class Step>
 SingleProduct arrange_limbs(const rarefy_matrix& m, const float* x, void* memory) {
   const Pieces to(m, memory);
@@ -81,7 +97,7 @@ SingleProduct arrange_limbs(const rarefy_matrix& m, const float* x, void* memory
   const __m256i least = _mm256_sub_epi32(_mm256_setzero_si256(), most);
   std::memset(to.sums, 0, round_up(groups_of(m), 16) * sizeof(float));
   for (int64_t j = 0; j < m.columns; j += kStep) {
-    alignas(32) int32_t counts[kStep], ordered[kStep];
+    alignas(32) int32_t counts[kStep];
     const int own = above(peak(x + j, kStep));
     const __m256 inverse = _mm256_set1_ps(power(254 + kFixed - own));
     const float unit = to.blocks[j / kStep] = power(127 + own - top);
@@ -96,17 +112,7 @@ SingleProduct arrange_limbs(const rarefy_matrix& m, const float* x, void* memory
       }
       sum_of(m, to, j + half) += unit * horizontal(_mm256_cvtepi32_ps(sum));
     }
-    RAREFY_UNROLL
-    for (int place = 0; place < kStep; ++place) ordered[place] = counts[Step::column(place)];
-    uint8_t* out = to.x + j / kStep * Step::octets;
-    limbs_of(ordered, out);
-    limbs_of(ordered + 32, out + 32);
-    int32_t start[Step::lanes] = {};
-    for (int place = 0; place < kStep; place += 4) {
-      const int32_t* four = ordered + place;
-      start[place / 4 % Step::lanes] -= Step::middle * (four[0] + four[1] + four[2] + four[3]);
-    }
-    std::memcpy(out + 3 * kStep, start, sizeof(start));
+    Step::lay(m, j / kStep, counts, to.x);
   }
   for (int64_t b = m.columns / kStep, end = b + 8; b < end; ++b) to.blocks[b] = 0.0f;
   return {&m, to.x, to.sums, to.blocks, scale_of(largest, top - kFixed), nullptr};

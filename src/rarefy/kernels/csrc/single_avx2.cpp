@@ -15,7 +15,8 @@ struct Eight {
 
 template <class Codes>
 struct Limbs : Codes, Eight {
-  static constexpr int lanes = 8, octets = 3 * kStep + 4 * lanes;
+  using Wide = Limbs;
+  static constexpr int steps = 1, lanes = 8, octets = 3 * kStep + 4 * lanes;
   static constexpr int middle = 1 << (Codes::bits - 1);
   __m256i x[3][2], start;  // low, middle and high limbs, and what lanes begin with
 
@@ -27,6 +28,9 @@ struct Limbs : Codes, Eight {
 
   static SingleProduct arrange(const rarefy_matrix& m, const float* v, void* memory) {
     return arrange_limbs<Limbs>(m, v, memory);
+  }
+  static void lay(const rarefy_matrix&, int64_t step, const int32_t* counts, uint8_t* x) {
+    lay_step<Limbs>(counts, x + step * octets);
   }
 
   template <int P>
@@ -49,7 +53,8 @@ struct Limbs : Codes, Eight {
 };
 
 struct Floats : Eight {
-  static constexpr int bits = 8, bytes = 64, octets = 5 * kStep, middle = 128;
+  using Wide = Floats;
+  static constexpr int steps = 1, bits = 8, bytes = 64, octets = 5 * kStep, middle = 128;
   const float* x;
 
   explicit Floats(const uint8_t* at) : x(reinterpret_cast<const float*>(at)) {}

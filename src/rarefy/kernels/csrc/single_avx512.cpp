@@ -71,7 +71,8 @@ struct Bytes {
 template <class Codes>
 struct Limbs : Codes {
   using V = __m512;
-  static constexpr int lanes = 16, octets = 3 * kStep + 4 * lanes;
+  using Wide = Limbs;
+  static constexpr int steps = 1, lanes = 16, octets = 3 * kStep + 4 * lanes;
   static constexpr int middle = 1 << (Codes::bits - 1);
   __m512i x[3], start;  // low, middle and high limbs, and what lanes begin with
 
@@ -81,6 +82,9 @@ struct Limbs : Codes {
 
   static SingleProduct arrange(const rarefy_matrix& m, const float* v, void* memory) {
     return arrange_limbs<Limbs>(m, v, memory);
+  }
+  static void lay(const rarefy_matrix&, int64_t step, const int32_t* counts, uint8_t* x) {
+    lay_step<Limbs>(counts, x + step * octets);
   }
 
   static V begin(__m256 v) { return _mm512_zextps256_ps512(v); }
@@ -98,9 +102,75 @@ struct Limbs : Codes {
   }
 };
 
+// Two steps of 4 bits are a register of bytes: the columns of even number are their low halves and
+// those of odd number their high ones, and both add to the same sums, one step in each half of a register.
+struct TwoSteps {
+  static constexpr int steps = 2;
+  __m512i low[3], high[3], start;  // limbs for columns of even and of odd number
+
+  explicit TwoSteps(const uint8_t* at) : start(_mm512_loadu_si512(at + 6 * kStep)) {
+    for (int i = 0; i < 3; ++i) {
+      low[i] = _mm512_loadu_si512(at + 2 * i * kStep);
+      high[i] = _mm512_loadu_si512(at + (2 * i + 1) * kStep);
+    }
+  }
+
+  // The step of number `half` of two.
+  static void lay(const int32_t* counts, int64_t half, int middle, uint8_t* out) {
+    alignas(32) int32_t even[kStep / 2], odd[kStep / 2], start[8];
+    for (int i = 0; i < kStep / 2; ++i) {
+      even[i] = counts[2 * i];
+      odd[i] = counts[2 * i + 1];
+    }
+    out += half * kStep / 2;
+    limbs_of(even, out, 2 * kStep);
+    limbs_of(odd, out + kStep, 2 * kStep);
+    for (int i = 0; i < 8; ++i) {
+      const int32_t* eight = counts + 8 * i;
+      start[i] = 0;
+      for (int k = 0; k < 8; ++k) start[i] -= middle * eight[k];
+    }
+    std::memcpy(out + 6 * kStep, start, sizeof(start));
+  }
+
+  template <int P>
+  __m512 add(const uint8_t* codes, const float* scale, __m512 sum) const {
+    const __m512i both = _mm512_loadu_si512(codes), mask = _mm512_set1_epi8(15);
+    const __m512i l = _mm512_and_si512(both, mask);
+    const __m512i h = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+    __m512i exact = _mm512_dpbusd_epi32(_mm512_setzero_si512(), l, low[2]);
+    exact = _mm512_slli_epi32(_mm512_dpbusd_epi32(exact, h, high[2]), 8);
+    exact = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(exact, l, low[1]), h, high[1]);
+    exact = _mm512_add_epi32(_mm512_slli_epi32(exact, 8), start);
+    exact = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(exact, l, low[0]), h, high[0]);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scales<P>(scale), sum);
+  }
+
+  template <int P>
+  static __m512 scales(const float* at) {
+    if (P == 1) return two_scales(at, Threes::places());
+    const __m512i lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(at)), lane);
+  }
+};
+
+struct Four : Limbs<Nibbles> {
+  using Limbs::Limbs;
+  using Wide = TwoSteps;
+
+  static SingleProduct arrange(const rarefy_matrix& m, const float* v, void* memory) {
+    return arrange_limbs<Four>(m, v, memory);
+  }
+  static void lay(const rarefy_matrix& m, int64_t step, const int32_t* counts, uint8_t* x) {
+    const bool last = step == m.columns / kStep - 1 && step % 2 == 0;
+    if (last) return lay_step<Limbs>(counts, x + step * octets);
+    TwoSteps::lay(counts, step % 2, middle, x + step / 2 * 2 * octets);
+  }
+};
+
 }  // namespace
 
 extern const SingleKernels single_avx512 =
-    Widths<Limbs<Crumbs>, Limbs<Threes>, Limbs<Nibbles>, Limbs<Bytes>>::table;
+    Widths<Limbs<Crumbs>, Limbs<Threes>, Four, Limbs<Bytes>>::table;
 
 }  // namespace rarefy

@@ -3,6 +3,7 @@
 //   bits, bytes    of a code, and of the codes of a step
 //   octets         bytes of the arranged vector that a step takes; it is made from their address
 //   arrange        lays the vector out, see SingleKernels
+//   Wide           as many steps at once as it says; those that are left over are single
 //   middle         what is taken from every code in the sum itself; the rest of its zero point follows
 //   V              the register of a row's sums; `begin` makes it of eight, `total` adds it up
 //   add<P>(codes, scales, sum)   the sum and the step's products times their scale, or P = 2 scales of
@@ -152,23 +153,32 @@ class Single {
   // Rows row0, row0 + apart ... together.
   template <int R>
   void rows(int64_t row0, int64_t apart, float* scratch) const {
-    const int64_t room = room_, steps = parts_ / P;
+    const int64_t steps = parts_ / P;
     const uint8_t* codes[R];
     typename Step::V sum[R];
     for (int r = 0; r < R; ++r) {
       codes[r] = row_codes(m_, row0 + r * apart);
-      sum[r] = Step::begin(open(row0 + r * apart, scratch + r * room));
+      sum[r] = Step::begin(open(row0 + r * apart, scratch + r * room_));
     }
-    for (int64_t u = 0; u < steps; ++u) {
-      const Step x(p_.x + u * Step::octets);
-      RAREFY_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const uint8_t* at = codes[r] + u * Step::bytes;
-        ahead(at + kAhead);
-        sum[r] = x.template add<P>(at, scratch + r * room + u * P, sum[r]);
-      }
+    int64_t u = 0;
+    for (; u + Step::Wide::steps <= steps; u += Step::Wide::steps) {
+      take<typename Step::Wide>(codes, u, scratch, sum);
     }
+    for (; u < steps; ++u) take<Step>(codes, u, scratch, sum);
     for (int r = 0; r < R; ++r) p_.y[row0 + r * apart] = Step::total(sum[r]) * p_.scale;
+  }
+
+  // Step number u, and those that S takes with it, of every row.
+  template <class S, int R>
+  RAREFY_INLINE void take(const uint8_t* const (&codes)[R], int64_t u, const float* scale,
+                          typename Step::V (&sum)[R]) const {
+    const S x(p_.x + u * Step::octets);
+    RAREFY_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* at = codes[r] + u * Step::bytes;
+      if (Step::bytes * S::steps > 32 || u % 2 == 0) ahead(at + kAhead);  // once a cache line
+      sum[r] = x.template add<P>(at, scale + r * room_ + u * P, sum[r]);
+    }
   }
 
   const SingleProduct& p_;
