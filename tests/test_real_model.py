@@ -89,8 +89,8 @@ def read(folder: Path, tmp_path: Path, *, plugin: bool) -> Reading:
     return Reading(load_file(out)["logits"], said["peak"])
 
 
-def expected(source: Path, folder: Path) -> torch.Tensor:
-    """Logits of the dense model with the stored matrices in place."""
+def expected(source: Path, folder: Path, reader: torch.dtype = torch.float32) -> torch.Tensor:
+    """Logits of the dense model with the stored matrices in place, in the type of their reader."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     checkpoint = Checkpoint(folder)
     formats = read_state(folder).formats
@@ -99,14 +99,15 @@ def expected(source: Path, folder: Path) -> torch.Tensor:
         weight = model.get_submodule(name).weight
         suffixes = fmt.layout(*weight.shape)
         matrix = fmt.decode({s: checkpoint.read(f"{name}.{s}") for s in suffixes})
-        weight.data.copy_(matrix)
+        weight.data.copy_(matrix.to(reader))
     with torch.no_grad():
         return model(IDS).logits
 
 
 def test_four_bits_open_with_stock_transformers(dense: Path, int4: Path, tmp_path: Path) -> None:
     found = read(int4, tmp_path, plugin=False)
-    assert (found.logits - expected(dense, int4)).abs().max() <= 1e-3
+    # It multiplies scales and codes in their 16 bits; rarefy in 32.
+    assert (found.logits - expected(dense, int4, torch.float16)).abs().max() <= 1e-3
 
 
 def test_three_bits_run_packed_in_less_memory(dense: Path, int3: Path, tmp_path: Path) -> None:
