@@ -60,7 +60,7 @@ OURS = (
 PEER = ("Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
 SOLVED = ("gptq-q4_0", "gptq-iq4_nl")
 NEAR = 1e-5
-HALF = 2**-11  # a weight rounded to float16: by the reader of W4A16, and for the one of W8A8
+HALF = 2**-11  # a weight rounded to float16, as the reader of W4A16 does
 READER = 0.02  # KL between llama.cpp and the same weights in float32: its 8-bit activations
 
 
@@ -231,7 +231,7 @@ class Bench:
                 )
                 continue
             what = "largest difference of a linear's output in stock transformers from ours"
-            near = NEAR if short == "dense" else HALF
+            near = HALF if short == "W4A16" else NEAR
             rows.append(_found(name, what, apart, f"<= {near:.1e}", apart <= near))
             what, limit = "KL of stock transformers to ours", NEAR
             if short == "W8A8":  # see ReadersRule

@@ -115,11 +115,13 @@ def peer(
     return {"name": name, "process_seconds": process} | found
 
 
-def ours(source: Path, recipe: str, work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Run rarefy."""
+def ours(
+    source: Path, recipe: str, work: Path, options: argparse.Namespace, text: str | None = None
+) -> dict[str, Any]:
+    """Run rarefy, calibrated on the peer's tokens or on another corpus."""
     job = {
         "model": str(source), "recipe": recipe, "out": str(work / recipe),
-        "text": options.calibration, "sequences": options.sequences, "length": options.length,
+        "text": text or options.calibration, "sequences": options.sequences, "length": options.length,
         "seed": options.seed,
     }  # fmt: skip
     return {"name": recipe} | compress_in_child(job, work)

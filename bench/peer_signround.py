@@ -1,10 +1,10 @@
 """SignRound beside auto-round's: same model, same tokens, same steps, same evaluator.
 
-    python bench/peer_signround.py [--peer-venv DIR] [--only 4|3] [--skip-peer] [--again GLOB]
+    python bench/peer_signround.py [--peer-venv DIR] [--only GLOB] [--again GLOB]
 
-The two take turns at 4 and at 3 bits, each followed by our composed recipe of the same size; see
-peer.py. Rows that the report at --out holds, made with the same settings, are kept, so a stopped
-run goes on.
+The two take turns at 4 and at 3 bits, each followed by our composed recipe of the same size, which
+may use more text (--text; none of it is held out); see peer.py. Rows that the report at --out holds,
+made with the same settings, are kept, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from safetensors.torch import save_file
 from table import opened, save
 
 from rarefy.checkpoint.resolve import resolve
-from rarefy.recipe import presets
 
 if TYPE_CHECKING:
     import argparse
@@ -53,6 +52,7 @@ def main() -> None:
     settings = {
         "model": options.model, "tokens_sha256": tokens.sha256, "steps": STEPS,
         "peer": AUTO_ROUND.package, "windows": list(options.windows),
+        "text": options.text,
     }  # fmt: skip
     report = opened("peer_signround", settings, options.out, options.seed)
     report["calibration"] = described(tokens)
@@ -62,9 +62,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rarefy-peer-", dir=options.work) as folder:
         work = Path(folder)
         save_file({"ids": tokens.ids}, work / "tokens.safetensors")
-        for bits in [options.only] if options.only else GOALS:
+        for bits in GOALS:
             for name, start in turns(bits, source, work, options).items():
-                if name in rows:
+                if name in rows or not fnmatch(name, options.only):
                     continue
                 found = start()
                 rows[name] = found | quality(work / name, source, options.windows)
@@ -78,8 +78,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Options; the defaults are the published setting."""
     found = parser(__doc__.splitlines()[0], "peer_signround.json", AUTO_ROUND)
-    found.add_argument("--only", type=int, choices=list(GOALS), help="bits")
-    found.add_argument("--skip-peer", action="store_true", help="use the peer's rows at --out")
+    found.add_argument("--only", metavar="GLOB", default="*", help="rows to make")
+    found.add_argument("--text", default="web+wiki-passages", help="of the composed recipes")
     found.add_argument("--again", metavar="GLOB", help="rows to make anew")
     return found.parse_args()
 
@@ -94,16 +94,14 @@ def turns(
         python = peer_python(options.peer_venv, AUTO_ROUND)
         return peer(AUTO_ROUND, python, source, method, work)
 
-    def own(recipe: str) -> Callable[[], dict[str, Any]]:
-        return lambda: ours(source, recipe, work, options)
+    def own(recipe: str, text: str | None = None) -> Callable[[], dict[str, Any]]:
+        return lambda: ours(source, recipe, work, options, text)
 
-    found = {} if options.skip_peer else {peer_name(AUTO_ROUND, method): theirs}
-    for recipe in (our_name(bits), f"best-int{bits}"):
-        if recipe.partition("@")[0] in presets():
-            found[recipe] = own(recipe)
-        else:
-            print(f"{recipe}: there is no such recipe, left out")
-    return found
+    return {
+        peer_name(AUTO_ROUND, method): theirs,
+        our_name(bits): own(our_name(bits)),
+        f"best-int{bits}": own(f"best-int{bits}", options.text),
+    }
 
 
 def our_name(bits: int) -> str:
@@ -132,8 +130,11 @@ def judge(rows: Runs, sha256: str) -> list[Criterion]:
                 value, limit = composed["bits_linear"], own["bits_linear"]
                 name = f"best-int{bits}: bits a weight of the linears"
                 criteria.append(Criterion(name, value, f"<= {limit:.4f}", value <= limit))
-    given = {row["tokens_sha256"] for row in rows.values() if "tokens_sha256" in row}
-    same = given <= {sha256}
+    same = all(
+        row.get("tokens_sha256", sha256) == sha256
+        for name, row in rows.items()
+        if not name.startswith("best-")
+    )
     criteria.append(Criterion("same tokens on both sides", same, "same hash", same))
     return criteria
 

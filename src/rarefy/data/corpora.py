@@ -6,6 +6,8 @@ the same text; the hash of the documents is in every report.
     web            OpenWebText, C4 and OSCAR documents; the default for calibration
     wiki           103 whole Wikipedia articles; the default for held-out perplexity
     wiki-passages  1,000 short Wikipedia passages
+
+Several corpora joined by ``+`` are one: ``web+wiki-passages``.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def load(ref: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
     Args:
         ref: ``web``, ``wiki``, ``wiki-passages``, or the path of a UTF-8 file: ``.txt`` (the whole
             file is one document) or ``.jsonl`` (one document a line, an object with ``text``, or
-            with ``messages`` for the chat template). Blank documents are dropped.
+            with ``messages`` for the chat template), or several of these joined by ``+``. Blank
+            documents are dropped.
         tokenizer: renders ``messages``; needed for nothing else.
 
     Raises:
@@ -69,6 +72,10 @@ def load(ref: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
     if ref in _NAMED:
         return _corpus(ref, _NAMED[ref]())
     path = Path(ref).expanduser()
+    if "+" in ref and not path.exists():
+        parts = [load(part, tokenizer) for part in ref.split("+")]
+        name = "+".join(part.name for part in parts)
+        return _corpus(name, [document for part in parts for document in part.documents])
     if path.suffix not in _READERS and len(path.parts) == 1 and not path.exists():
         raise RarefyError(
             f"there is no corpus called {ref!r}{suggest(ref, list(_NAMED))}; "
