@@ -121,8 +121,8 @@ def ours(
     """Run rarefy, calibrated on the peer's tokens or on another corpus."""
     job = {
         "model": str(source), "recipe": recipe, "out": str(work / recipe),
-        "text": text or options.calibration, "sequences": options.sequences, "length": options.length,
-        "seed": options.seed,
+        "text": text or options.calibration, "sequences": options.sequences,
+        "length": options.length, "seed": options.seed,
     }  # fmt: skip
     return {"name": recipe} | compress_in_child(job, work)
 

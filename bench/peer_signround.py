@@ -3,8 +3,8 @@
     python bench/peer_signround.py [--peer-venv DIR] [--only GLOB] [--again GLOB]
 
 The two take turns at 4 and at 3 bits, each followed by our composed recipe of the same size, which
-may use more text (--text; none of it is held out); see peer.py. Rows that the report at --out holds,
-made with the same settings, are kept, so a stopped run goes on.
+may use other text (--text; not the held-out one); see peer.py. Rows that the report at --out
+holds, made with the same settings, are kept, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from table import opened, save
 
 from rarefy.checkpoint.resolve import resolve
+from rarefy.data import corpora
 
 if TYPE_CHECKING:
     import argparse
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 STEPS = 50
 LIMIT = 0.5
+RUN = 13
 GOALS = {4: 0.07, 3: 0.25}
 
 Runs = dict[str, dict[str, Any]]
@@ -72,7 +74,8 @@ def main() -> None:
                 save(report, options.out)
                 shutil.rmtree(work / name)
     ranking(list(rows.values()))
-    close(options.out, report, judge(rows, tokens.sha256))
+    report["shared_documents"] = shared(options.text)
+    close(options.out, report, judge(rows, tokens.sha256, report["shared_documents"]))
 
 
 def parse() -> argparse.Namespace:
@@ -109,7 +112,18 @@ def our_name(bits: int) -> str:
     return f"signround-int{bits}-g64@steps={STEPS}"
 
 
-def judge(rows: Runs, sha256: str) -> list[Criterion]:
+def shared(text: str) -> int:
+    """Documents of a corpus that have RUN words in a row in common with the held-out articles."""
+
+    def runs(document: str) -> set[str]:
+        words = document.lower().split()
+        return {" ".join(words[at : at + RUN]) for at in range(len(words) - RUN + 1)}
+
+    held = {run for document in corpora.load("wiki").documents for run in runs(document)}
+    return sum(not held.isdisjoint(runs(document)) for document in corpora.load(text).documents)
+
+
+def judge(rows: Runs, sha256: str, leaked: int) -> list[Criterion]:
     """Quality and speed at both widths, and the goals of the composed recipes."""
     criteria = []
     for bits, goal in GOALS.items():
@@ -136,6 +150,8 @@ def judge(rows: Runs, sha256: str) -> list[Criterion]:
         if not name.startswith("best-")
     )
     criteria.append(Criterion("same tokens on both sides", same, "same hash", same))
+    name = f"documents of --text with {RUN} words in a row of the held-out articles"
+    criteria.append(Criterion(name, leaked, "0", leaked == 0))
     return criteria
 
 

@@ -160,6 +160,19 @@ def test_txt_is_one_document_and_jsonl_one_a_line(tmp_path):
     assert corpus.name == "b.jsonl"
 
 
+def test_several_corpora_are_joined(tmp_path):
+    one, other = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    one.write_text("one")
+    other.write_text('{"text": "two"}\n{"text": "three"}')
+    corpus = corpora.load(f"{one}+{other}")
+    assert corpus.documents == ("one", "two", "three")
+    assert corpus.name == "a.txt+b.jsonl"
+    (tmp_path / "c+d.txt").write_text("a plus in a name")
+    assert corpora.load(str(tmp_path / "c+d.txt")).documents == ("a plus in a name",)
+    with pytest.raises(RarefyError, match="no corpus called 'wikii'"):
+        corpora.load(f"{one}+wikii")
+
+
 def test_corpus_hash_depends_on_where_documents_end(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{"text": "c"}')
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": "bc"}')

@@ -100,7 +100,7 @@ def compress(
     recipe: _Recipe,
     out: _Out,
     calibration: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="A corpus, or a .txt or .jsonl file.")
+        str, typer.Option(metavar="NAME|FILE", help="Corpora or .txt or .jsonl files, joined by +.")
     ] = Calibration.text,
     sequences: _Sequences = Calibration.sequences,
     length: _Length = Calibration.length,
@@ -199,7 +199,7 @@ def evaluate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="The model under test.")],
     against: Annotated[str, typer.Option(metavar="MODEL", help="The dense reference.")],
     text: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="A corpus, or a .txt or .jsonl file.")
+        str, typer.Option(metavar="NAME|FILE", help="Corpora or .txt or .jsonl files, joined by +.")
     ] = "wiki",
     sequences: Annotated[int | None, typer.Option(metavar="N", help="Windows.")] = None,
     length: Annotated[int | None, typer.Option(metavar="L", help="Tokens of a window.")] = None,

@@ -72,8 +72,8 @@ def load(ref: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
     if ref in _NAMED:
         return _corpus(ref, _NAMED[ref]())
     path = Path(ref).expanduser()
-    if "+" in ref and not path.exists():
-        parts = [load(part, tokenizer) for part in ref.split("+")]
+    if len(refs := ref.split("+")) > 1 and all(refs) and not path.exists():
+        parts = [load(part, tokenizer) for part in refs]
         name = "+".join(part.name for part in parts)
         return _corpus(name, [document for part in parts for document in part.documents])
     if path.suffix not in _READERS and len(path.parts) == 1 and not path.exists():
