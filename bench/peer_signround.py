@@ -33,6 +33,7 @@ from table import opened, save
 
 from rarefy.checkpoint.resolve import resolve
 from rarefy.data import corpora
+from rarefy.tasks.scorers import ngrams
 
 if TYPE_CHECKING:
     import argparse
@@ -114,13 +115,8 @@ def our_name(bits: int) -> str:
 
 def shared(text: str) -> int:
     """Documents of a corpus that have RUN words in a row in common with the held-out articles."""
-
-    def runs(document: str) -> set[str]:
-        words = document.lower().split()
-        return {" ".join(words[at : at + RUN]) for at in range(len(words) - RUN + 1)}
-
-    held = {run for document in corpora.load("wiki").documents for run in runs(document)}
-    return sum(not held.isdisjoint(runs(document)) for document in corpora.load(text).documents)
+    held = {run for document in corpora.load("wiki").documents for run in ngrams(document, RUN)}
+    return sum(not held.isdisjoint(ngrams(one, RUN)) for one in corpora.load(text).documents)
 
 
 def judge(rows: Runs, sha256: str, leaked: int) -> list[Criterion]:

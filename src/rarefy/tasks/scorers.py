@@ -106,14 +106,15 @@ def words(text: str) -> list[str]:
     return [word for word in _NOT_WORD.split(text.lower()) if word]
 
 
-def _ngrams(text: str, n: int) -> Sequence[tuple[str, ...]]:
+def ngrams(text: str, n: int) -> Sequence[tuple[str, ...]]:
+    """Return every n of a text's words that follow each other, in order."""
     tokens = words(text)
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 def distinct(text: str, n: int) -> float:
     """Return distinct-n: different n-grams of words over all of them; 0 if there are none."""
-    grams = _ngrams(text, n)
+    grams = ngrams(text, n)
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -122,7 +123,7 @@ def repeated_ngrams(text: str, n: int = 4) -> float:
 
     A text without words has the worst value, 1; a text of fewer than n words repeats nothing, 0.
     """
-    grams = _ngrams(text, n)
+    grams = ngrams(text, n)
     if grams:
         return 1 - len(set(grams)) / len(grams)
     return 0.0 if words(text) else 1.0
