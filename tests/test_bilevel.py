@@ -48,8 +48,10 @@ def test_a_matrix_on_such_a_grid_is_found_again(fmt: Bilevel) -> None:
 @pytest.mark.parametrize("fmt", SHAPES, ids=Bilevel.label)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_search_comes_near_the_best_of_all_codes(fmt: Bilevel, weighted: bool) -> None:
-    W = normal(6, 2 * fmt.group, seed=3)
-    weights = torch.rand(W.shape[1]) + 0.1 if weighted else torch.ones(W.shape[1])
+    W = normal(64, 2 * fmt.group, seed=3)
+    weights = torch.ones(W.shape[1])
+    if weighted:
+        weights = torch.rand(W.shape[1], generator=torch.Generator().manual_seed(4)) + 0.1
     unit, steps = fmt.fit(W, weights).unit, 1 << fmt.scale_bits
     groups, by = fmt.grouped(W), fmt.grouped(weights[None])
     best = torch.full(groups.shape[:2], torch.inf)
